@@ -346,8 +346,8 @@ def _sheet(labels: Labels) -> Figure:
     if not len(shown):
         return _note("No label is suspected of being wrong")
     rows = -(-len(shown) // 6)
-    figure = Figure(figsize=(10.5, 2.15 * rows + 0.55))
-    title = f"The {len(shown)} likeliest of {len(labels.suspects):,} suspects: given → suggested"
+    figure = Figure(figsize=(10.5, 2.3 * rows + 0.5))
+    title = f"The {len(shown)} likeliest of {len(labels.suspects):,} suspects: given label → suggested label"
     figure.suptitle(title, weight="bold", x=0.012, ha="left", size=11)
     panels = figure.subplots(rows, 6, squeeze=False).ravel()
     for axes in panels:
@@ -355,14 +355,13 @@ def _sheet(labels: Labels) -> Figure:
     for axes, i in zip(panels, shown, strict=False):
         tile = _thumbnail(labels.root / str(labels.files[i]))
         if tile is None:
-            tile, name = Image.new("RGB", (TILE, TILE), PAPER), str(labels.files[i])
-            text = f"cannot be read:\n{_short(name[::-1], 22)[::-1]}"  # the end of a path tells more than its start
+            tile, text = Image.new("RGB", (TILE, TILE), PAPER), f"cannot be read:\n{_short(str(labels.files[i]), 24)}"
             axes.text(0.5, 0.5, text, ha="center", va="center", size=7, transform=axes.transAxes)
         axes.imshow(tile)
-        given, suggested = (_short(labels.classes[k], 12) for k in (labels.given[i], labels.suggested[i]))
-        axes.text(0.5, -0.04, f"{given} → {suggested}", size=8, ha="center", va="top", transform=axes.transAxes)
-        score = f"score {labels.clean_prob[i]:.3f}"
-        axes.text(0.5, -0.15, score, size=7, color=GREY, ha="center", va="top", transform=axes.transAxes)
+        given, suggested = (_short(labels.classes[k], 20) for k in (labels.given[i], labels.suggested[i]))
+        below = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center", "va": "top"}
+        axes.annotate(f"{given}\n→ {suggested}", (0.5, 0), (0, -4), size=8, **below)
+        axes.annotate(f"score {labels.clean_prob[i]:.3f}", (0.5, 0), (0, -28), size=7, color=GREY, **below)
     return figure
 
 
@@ -391,6 +390,6 @@ def _note(text: str) -> Figure:
 
 
 def _short(name: str, length: int) -> str:
-    """One line of at most `length` characters."""
+    """One line of at most `length` characters; start and end stay, as either may be what tells names apart."""
     name = " ".join(name.split())
-    return name if len(name) <= length else name[: length - 1] + "…"
+    return name if len(name) <= length else f"{name[: length // 2]}…{name[1 + length // 2 - length :]}"

@@ -178,9 +178,9 @@ def sizes(folder):
 @pytest.mark.parametrize(
     ("c", "n", "known", "corruption", "suspects"),
     [
-        (10, 600, True, (1860, 990), (1575, 2017)),
-        (100, 600, False, (1425, 1365), (1575, 2017)),
-        (2, 10, True, (1110, 615), (1575, 405)),
+        (10, 600, True, (1860, 990), (1575, 2145)),
+        (100, 600, False, (1425, 1365), (1575, 2145)),
+        (2, 10, True, (1110, 615), (1575, 420)),
     ],
 )
 def test_plots_open_at_their_size(tmp_path, metrics_csv, c, n, known, corruption, suspects):
@@ -265,7 +265,7 @@ def test_a_missing_or_broken_file_is_an_empty_tile_with_its_name(tmp_path):
     (tmp_path / found.files[1]).write_bytes(whole[: len(whole) // 2])
     first, second = audit._sheet(found).axes[:2]
     assert [text.get_text() for text in first.texts] == [
-        *("cannot be read:\ntrain/0, “0”.png", 'a,b → say "hi"', "score 0.100"),
+        *("cannot be read:\ntrain/0, “0”.png", 'a,b\n→ say "hi"', "score 0.100"),
     ]
     assert second.texts[0].get_text() == "cannot be read:\ntrain/1, “1”.png"
 
@@ -276,3 +276,9 @@ def test_the_sheet_shows_the_worst_36(tmp_path):
     assert len(shown) == 36
     scores = [f"score {found.clean_prob[i]:.3f}" for i in found.suspects[:36]]
     assert [axes.texts[-1].get_text() for axes in shown] == scores
+
+
+def test_long_names_keep_start_and_end():
+    assert audit._short("one\ntwo", 7) == "one two"
+    assert audit._short("abcdefghij", 6) == "abc…ij"
+    assert audit._short("abcdefghij", 7) == "abc…hij"
