@@ -1,0 +1,5 @@
+import sys
+
+from flywheel_fast.cli import main
+
+sys.exit(main())

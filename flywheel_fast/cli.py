@@ -1,0 +1,151 @@
+"""The command line: `flywheel-fast train | config | doctor`. Heavy imports stay inside the sub-commands."""
+
+import argparse
+import os
+import sys
+
+from flywheel_fast.errors import BadInput, Failure
+
+EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXAMPLES = """examples:
+  flywheel-fast train                                     real digits, 40 % of the labels wrong
+  flywheel-fast train digits cycle.kind=cross_entropy     the same with plain cross-entropy
+  flywheel-fast train cifar10_small data.root=DIR data.noise.kind=symmetric data.noise.rate=0.5
+  flywheel-fast train digits --out runs/a --resume auto   go on where runs/a stands, else start
+  flywheel-fast config show digits optim.lr=0.1           what a run would use, with help
+"""
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = _parser()
+    args, rest = parser.parse_known_args(words)  # argparse wants all positional words in one place; users do not
+    if any(word.startswith("-") for word in rest) or not hasattr(args, "words"):
+        parser.parse_args(words)
+    else:
+        args.words += rest
+    try:
+        args.run(args)
+        return 0
+    except BadInput as error:
+        return _ended(args, error, EXIT_BAD_INPUT)
+    except Failure as error:
+        return _ended(args, error, EXIT_FAILURE)
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted; `--resume auto` with the same words goes on after the last finished epoch", file=sys.stderr
+        )
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `flywheel-fast config ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+    except Exception as error:
+        message = f"{type(error).__name__}: {error} (unexpected; --debug shows where)"
+        return _ended(args, error, EXIT_FAILURE, message)
+
+
+def _ended(args: argparse.Namespace, error: Exception, status: int, message: str = "") -> int:
+    if args.debug:
+        raise error
+    print(f"flywheel-fast: {message or error}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flywheel-fast",
+        description="Trains image classifiers on badly labelled images, and says which labels are wrong.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    train = commands.add_parser(
+        "train",
+        parents=[common],
+        help="train on a data set",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="a config (default: digits), and changes")
+    train.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/NAME, numbered when taken)")
+    train.add_argument(
+        "--resume", metavar="auto|PATH", help="go on from a run's last checkpoint; auto: if there is one"
+    )
+    train.add_argument("--overwrite", action="store_true", help="replace the run that stands in the folder")
+    train.set_defaults(run=_train)
+
+    config = commands.add_parser("config", help="list, show or check configs")
+    actions = config.add_subparsers(required=True, metavar="action")
+    actions.add_parser("ls", parents=[common], help="the configs that come with the package").set_defaults(
+        run=_config_ls
+    )
+    show = actions.add_parser("show", parents=[common], help="a config as a run would use it, with help")
+    show.add_argument("words", nargs="*", metavar="NAME | key=value", help="a config (default: digits), and changes")
+    show.set_defaults(run=_config_show)
+    check = actions.add_parser("check", parents=[common], help="check a file without running it")
+    check.add_argument("file", metavar="FILE", help="a YAML file")
+    check.set_defaults(run=_config_check)
+
+    doctor = commands.add_parser("doctor", parents=[common], help="check this installation")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _config_and_changes(words: list[str], default: str | None = "digits") -> tuple[str | None, list[str]]:
+    names = [word for word in words if "=" not in word]
+    if len(names) > 1:
+        raise BadInput(f"one config at a time, not {', '.join(names)}; changes are written key=value")
+    return (names[0] if names else default), [word for word in words if "=" in word]
+
+
+def _train(args: argparse.Namespace) -> None:
+    from flywheel_fast import config, run_folder
+    from flywheel_fast.trainer import Config, Trainer
+
+    if args.resume and args.overwrite:
+        raise BadInput("--resume and --overwrite exclude each other; leave one out")
+    at_path = args.resume not in (None, "auto")
+    name, changes = _config_and_changes(args.words, default=None if at_path else "digits")
+    if at_path and name is None:
+        name = str(run_folder.to_resume(args.resume, args.out, "") / "config.yaml")
+    cfg = config.load(Config, name, changes)
+    folder = run_folder.to_resume(args.resume, args.out, cfg.name) if args.resume else None
+    out = folder or run_folder.create(args.out, cfg.name, args.overwrite, resuming=args.resume == "auto")
+    Trainer(cfg, out, resume=folder is not None).run()
+
+
+def _config_ls(args: argparse.Namespace) -> None:
+    from flywheel_fast import config
+
+    for name, path in config.shipped().items():
+        first = path.read_text().splitlines()[0]
+        print(f"{name:<24} {first.removeprefix('#').strip()}")
+
+
+def _config_show(args: argparse.Namespace) -> None:
+    from flywheel_fast import config
+    from flywheel_fast.trainer import Config
+
+    name, changes = _config_and_changes(args.words)
+    print(config.dump(config.load(Config, name, changes), comments=True))
+
+
+def _config_check(args: argparse.Namespace) -> None:
+    from flywheel_fast import config
+    from flywheel_fast.trainer import Config
+
+    config.load(Config, args.file)
+    print(f"{args.file}: valid")
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from flywheel_fast import doctor
+
+    if not doctor.report():
+        raise Failure("something is broken: see the lines above")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

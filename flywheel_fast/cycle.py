@@ -1,0 +1,213 @@
+"""The cycle of the method: two interlinked EM cycles on one objective, the four steps top to bottom.
+
+Kim et al., "Learning with Noisy Labels: Interconnection of Two Expectation-Maximizations", arXiv 2401.04390, Figure 2.
+It owns no files and no readers: a loader is anything with `epoch(number, views)` and `sweep()` that yields pairs
+(index [B], views: a tuple of images [B, 3, H, W]).
+"""
+
+import copy
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flywheel_fast.em import EMState, Resampling
+from flywheel_fast.learner import Learner
+from flywheel_fast.losses import confidence_regulariser, ntxent, soft_cross_entropy
+
+
+@dataclass(frozen=True)
+class CycleConfig:
+    kind: Literal["flywheel", "cross_entropy"] = "flywheel"
+    """flywheel: the two EM cycles; cross_entropy: the main network alone on the observed labels, the baseline."""
+    warmup: int = 6
+    """Epochs in which both networks learn the observed labels, before the first cycle."""
+    posterior: Literal["mixture", "joint"] = "mixture"
+    """Target of the auxiliary network: w onehot + (1-w) r, or f times (w onehot + (1-w) T_c), normalised."""
+    target: Literal["argmax_f", "soft_q"] = "argmax_f"
+    """Target of the main network: the auxiliary network's class (the paper's), or the soft posterior."""
+    aligned: bool = True
+    """Keep the class shares of the resampled labels at those of the observed labels."""
+    gamma: float = 0.5
+    """Share of clean labels that the first cycle assumes."""
+    confidence: float = 0.1
+    """Weight lambda of the main network's confidence regulariser."""
+    delta: float = 1e-4
+    """Floor of the probabilities in the confidence regulariser."""
+    smoothing: float = 1.0
+    """Pseudo-count alpha of the corruption matrix, a row."""
+    contrastive: float = 0.0
+    """Weight of the auxiliary network's NT-Xent term between two strong views; 0 leaves them out."""
+    temperature: float = 0.5
+    """Temperature of the NT-Xent term."""
+
+    def __post_init__(self):
+        if not 0 < self.gamma < 1:
+            raise ValueError(f"cycle.gamma must be in (0, 1), not {self.gamma}")
+        if self.warmup < 1:
+            raise ValueError(f"cycle.warmup must be at least 1 epoch, not {self.warmup}")
+        if min(self.confidence, self.smoothing, self.contrastive) < 0 or min(self.delta, self.temperature) <= 0:
+            raise ValueError(
+                "cycle.confidence, .smoothing and .contrastive must not be negative, .delta and .temperature positive"
+            )
+
+
+class Clock:
+    """Seconds by phase: data (waiting for images), infer, train (forward, backward, optimiser), em, eval, save."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+    def waiting(self, batches: Iterable) -> Iterator:
+        iterator = iter(batches)
+        while True:
+            with self("data"):
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
+
+
+class Cycle:
+    """Main network g, auxiliary network f, and what is known of each sample."""
+
+    def __init__(self, config: CycleConfig, main: Learner, aux: Learner | None, state: EMState):
+        self.config, self.main, self.aux, self.state = config, main, aux, state
+        self.clock = Clock()
+        self.on_images: Callable[[int], None] = lambda count: None  # told how many images each batch had
+        self.losses: dict[str, list[Tensor]] = {}  # name -> [] of each step of the last epoch
+
+    def run(self, loader, epoch: int) -> None:
+        """One epoch: warm-up, plain cross-entropy, or the four steps."""
+        self.losses = {}
+        if self.config.kind == "cross_entropy":
+            self.main_alone(loader, epoch)
+        elif not self.cycling(epoch):
+            self.warm_up(loader, epoch)
+        else:
+            self.main_estep(loader)
+            self.aux_steps(loader, epoch)
+            self.resample(loader)
+            self.main_mstep(loader, epoch)
+
+    def cycling(self, epoch: int) -> bool:
+        """Whether the EM cycle runs in this epoch."""
+        return self.config.kind == "flywheel" and epoch >= self.config.warmup
+
+    def views_per_sample(self, epoch: int) -> int:
+        """Images that `run` draws of each sample in this epoch, for the progress bar."""
+        if self.cycling(epoch):
+            return 6 + (self.config.target == "soft_q") + (self.config.contrastive > 0)
+        return 1 if self.config.kind == "cross_entropy" else 2
+
+    def main_alone(self, loader, epoch: int) -> None:
+        for index, (weak,) in self._batches(loader.epoch(2 * epoch, ("weak",))):
+            with self.clock("train"):
+                self._step("main", self.main, F.cross_entropy(self.main.forward(weak), self.state.labels[index]))
+
+    def warm_up(self, loader, epoch: int) -> None:
+        """Both networks learn the observed labels."""
+        for index, (weak, strong) in self._batches(loader.epoch(2 * epoch, ("weak", "strong"))):
+            labels = self.state.labels[index]
+            with self.clock("train"):
+                self._step("main", self.main, F.cross_entropy(self.main.forward(weak), labels))
+                logits = self.aux.forward(torch.cat([weak, strong]))
+                self._step("aux", self.aux, F.cross_entropy(logits, torch.cat([labels, labels])))
+
+    def main_estep(self, loader) -> None:
+        """Step 1: w_i, the probability that a label is clean, by Bayes' rule from g, gamma and eps_i."""
+        for index, (clean,) in self._batches(loader.sweep()):
+            with self.clock("infer"):
+                logits = self.main.predict(clean)
+            with self.clock("em"):
+                self.state.main_estep(index, logits)
+
+    def aux_steps(self, loader, epoch: int) -> None:
+        """Steps 2 and 3: q_i from w_i and T_c with f as it stood before this step; f learns q on augmented views."""
+        teacher = copy.deepcopy(self.aux.ema)
+        contrastive = self.config.contrastive > 0
+        views = ("clean", "weak", "strong") + ("strong2",) * contrastive
+        for index, (clean, weak, strong, *strong2) in self._batches(loader.epoch(2 * epoch, views)):
+            with self.clock("infer"):
+                logits = self.aux.predict(clean, teacher)
+            with self.clock("em"):
+                q = self.state.posterior(index, logits, self.config.posterior)  # [B, C]
+            with self.clock("train"):
+                images = torch.cat([weak, strong, *strong2])
+                if contrastive:
+                    logits, embeddings = self.aux.forward(images, project=True)
+                    _, first, second = embeddings.chunk(3)
+                    loss = soft_cross_entropy(logits, torch.cat([q, q, q]))
+                    loss = loss + self.config.contrastive * ntxent(first, second, self.config.temperature)
+                else:
+                    loss = soft_cross_entropy(self.aux.forward(images), torch.cat([q, q]))
+                self._step("aux", self.aux, loss)
+
+    def resample(self, loader) -> None:
+        """The refurbished label of every sample by the new f, then T_c, and eps_i for the next main E-step."""
+        resampling = Resampling(self.state, self.config.posterior)
+        for index, (clean,) in self._batches(loader.sweep()):
+            with self.clock("infer"):
+                logits = self.aux.predict(clean)
+            with self.clock("em"):
+                resampling.add(index, logits)
+        resampling.finish(self.config.aligned, self.config.smoothing)
+
+    def main_mstep(self, loader, epoch: int) -> None:
+        """Step 4: g learns the refurbished labels under the confidence regulariser; gamma is the mean of w."""
+        soft = self.config.target == "soft_q"
+        for index, (weak, *clean) in self._batches(
+            loader.epoch(2 * epoch + 1, ("weak", "clean") if soft else ("weak",))
+        ):
+            if soft:
+                with self.clock("infer"):
+                    logits = self.aux.predict(clean[0])
+                with self.clock("em"):
+                    q = self.state.posterior(index, logits, self.config.posterior)
+            with self.clock("train"):
+                logits = self.main.forward(weak)
+                fit = (
+                    soft_cross_entropy(logits, q)
+                    if soft
+                    else F.cross_entropy(logits, self.state.resampled_label[index])
+                )
+                regulariser = confidence_regulariser(logits, self.config.delta)
+                self._step("main", self.main, fit + self.config.confidence * regulariser)
+        self.state.update_gamma()
+
+    def learners(self) -> dict[str, Learner]:
+        return {"main": self.main} | ({"aux": self.aux} if self.aux else {})
+
+    def inference(self) -> Learner:
+        """The one network that is used at test time: the auxiliary one, where there is one."""
+        return self.aux or self.main
+
+    def state_dict(self) -> dict:
+        learners = {name: learner.state_dict() for name, learner in self.learners().items()}
+        return learners | {"state": self.state.state_dict()}
+
+    def load_state_dict(self, saved: dict) -> None:
+        for name, learner in self.learners().items():
+            learner.load_state_dict(saved[name])
+        self.state.load_state_dict(saved["state"])
+
+    def _batches(self, batches: Iterable) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        for index, views in self.clock.waiting(batches):
+            yield index, views
+            self.on_images(len(index) * len(views))
+
+    def _step(self, name: str, learner: Learner, loss: Tensor) -> None:
+        learner.step(loss)
+        self.losses.setdefault(name, []).append(loss.detach())

@@ -1,0 +1,125 @@
+"""Label noise: seeded, exact in its rate, saved with its hash."""
+
+import difflib
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from flywheel_fast.errors import BadInput
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    kind: Literal["none", "symmetric", "asymmetric", "file"] = "none"
+    """none: labels as they are; symmetric: any class; asymmetric: by `mapping`; file: labels from `file`. Other than
+    with none, the source's own labels count as the true ones."""
+    rate: float = 0.0
+    """Share of the samples (asymmetric: of each mapped class) whose label is drawn anew."""
+    exclude_true: bool = False
+    """Symmetric noise draws over the other classes only, so that `rate` is the share of wrong labels."""
+    mapping: dict[str, str] = field(default_factory=dict)
+    """Asymmetric noise: the class that each mislabelled class becomes, for example {cat: dog, dog: cat}."""
+    file: str | None = None
+    """Labels for the training files in sorted path order: .npy, .npz, or .csv with a column `label`."""
+    key: str | None = None
+    """Array of the .npz file."""
+    seed: int = 0
+    """Seed of the noise."""
+
+    def __post_init__(self):
+        if not 0 <= self.rate <= 1:
+            raise ValueError(f"data.noise.rate must be in [0, 1], not {self.rate}")
+        if (self.kind == "file") != (self.file is not None):
+            raise ValueError("data.noise.kind=file and data.noise.file go together: give both or neither")
+        if self.kind == "asymmetric" and not self.mapping:
+            raise ValueError("data.noise.kind=asymmetric needs data.noise.mapping, for example {cat: dog}")
+
+
+def apply(labels: np.ndarray, classes: tuple[str, ...], config: NoiseConfig) -> np.ndarray:
+    """Noisy labels [N] int64 for true labels [N] int64."""
+    rng = np.random.default_rng(config.seed)
+    if config.kind == "symmetric":
+        return _symmetric(labels, len(classes), config, rng)
+    if config.kind == "asymmetric":
+        return _asymmetric(labels, classes, config, rng)
+    if config.kind == "file":
+        return _from_file(len(labels), classes, Path(config.file), config.key)
+    return labels
+
+
+def digest(labels: np.ndarray) -> str:
+    """SHA-256 of the labels: two runs with equal digests had the same noise."""
+    return hashlib.sha256(np.ascontiguousarray(labels, dtype="<i8").tobytes()).hexdigest()
+
+
+def save(file, labels: np.ndarray) -> None:
+    """Writes an .npz that `data.noise.kind=file` reads back: `label` [N] int64 and its hash."""
+    np.savez_compressed(file, label=labels.astype(np.int64), sha256=digest(labels))
+
+
+def _symmetric(labels: np.ndarray, num_classes: int, config: NoiseConfig, rng: np.random.Generator) -> np.ndarray:
+    noisy = labels.copy()
+    hit = rng.permutation(len(labels))[: round(config.rate * len(labels))]
+    if config.exclude_true:
+        noisy[hit] = (labels[hit] + rng.integers(1, max(num_classes, 2), size=len(hit))) % num_classes
+    else:
+        noisy[hit] = rng.integers(num_classes, size=len(hit))
+    return noisy
+
+
+def _asymmetric(
+    labels: np.ndarray, classes: tuple[str, ...], config: NoiseConfig, rng: np.random.Generator
+) -> np.ndarray:
+    noisy = labels.copy()
+    for source, target in config.mapping.items():
+        for name in (source, target):
+            if name not in classes:
+                near = difflib.get_close_matches(name, classes, n=1) or classes[:1]
+                raise BadInput(f"data.noise.mapping: there is no class {name!r}; did you mean {near[0]!r}?")
+        members = rng.permutation(np.flatnonzero(labels == classes.index(source)))
+        noisy[members[: round(config.rate * len(members))]] = classes.index(target)
+    return noisy
+
+
+def _from_file(n: int, classes: tuple[str, ...], path: Path, key: str | None) -> np.ndarray:
+    where = f"data.noise.file {path}"
+    try:
+        if path.suffix == ".csv":
+            from pyarrow import csv
+
+            columns = csv.read_csv(path)
+            if "label" not in columns.column_names:
+                raise BadInput(f"{where}: has no column 'label', only {', '.join(columns.column_names)}")
+            found = columns["label"].to_numpy()
+        else:
+            found = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise BadInput(f"{where}: no such file") from None
+    except (OSError, ValueError, EOFError) as error:  # pyarrow's and zipfile's errors are of these kinds
+        raise BadInput(f"{where}: cannot be read as labels ({error})") from error
+    if isinstance(found, np.lib.npyio.NpzFile):
+        one = "label" if "label" in found.files else found.files[0] if len(found.files) == 1 else None
+        if (key or one) not in found.files:
+            raise BadInput(f"{where}: data.noise.key={key} is not one of its arrays; choose {', '.join(found.files)}")
+        found = found[key or one]
+    if found.shape != (n,):
+        raise BadInput(
+            f"{where}: holds {found.size:,} labels, the data set has {n:,} training files; give one for each"
+        )
+    if found.dtype.kind in "OUS":
+        of_class = {name: label for label, name in enumerate(classes)}
+        unknown = [(row, name) for row, name in enumerate(found.astype(str)) if name not in of_class]
+        if unknown:
+            raise BadInput(
+                f"{where}: row {unknown[0][0]} has label {unknown[0][1]!r}, which is no class of the data set"
+            )
+        return np.array([of_class[name] for name in found.astype(str)], dtype=np.int64)
+    if found.dtype.kind not in "iu":
+        raise BadInput(f"{where}: labels must be whole numbers or class names, not {found.dtype}")
+    outside = np.flatnonzero((found < 0) | (found >= len(classes)))
+    if len(outside):
+        raise BadInput(f"{where}: row {outside[0]} has label {found[outside[0]]}, outside 0..{len(classes) - 1}")
+    return found.astype(np.int64)

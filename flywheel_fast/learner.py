@@ -1,0 +1,110 @@
+"""A network being trained: its optimiser, its schedule, and the moving average that E-steps and inference use."""
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    epochs: int = 40
+    """Passes over the training set, warm-up included; after the warm-up one epoch is one cycle."""
+    batch_size: int = 64
+    """Samples a step."""
+    lr: float = 0.05
+    """Peak learning rate of SGD."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    weight_decay: float = 5e-4
+    """L2 penalty, on every parameter."""
+    schedule: Literal["cosine", "onecycle", "constant"] = "cosine"
+    """Learning rate over the run: cosine to zero; onecycle: up for a tenth, then cosine; constant."""
+    ema_decay: float = 0.98
+    """Decay of the weights' moving average, a step; 0: E-steps and inference use the raw weights."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the networks; auto: bf16 where the processor has it."""
+
+    def __post_init__(self):
+        if min(self.epochs, self.batch_size) < 1:
+            raise ValueError(
+                f"optim.epochs and optim.batch_size must be at least 1, not {self.epochs}, {self.batch_size}"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"optim.ema_decay must be in [0, 1), not {self.ema_decay}")
+        if self.lr < 0 or self.weight_decay < 0 or not 0 <= self.momentum < 1:
+            raise ValueError("optim.lr and optim.weight_decay must not be negative, optim.momentum must be in [0, 1)")
+
+    def lr_at(self, done: float) -> float:
+        """Learning rate when a share `done` in [0, 1] of the run is over; pure, so that a resume needs no state."""
+        if self.schedule == "constant":
+            return self.lr
+        rise = 0.1 if self.schedule == "onecycle" else 0.0
+        if done < rise:
+            return self.lr * (0.04 + 0.96 * done / rise)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (done - rise) / (1 - rise)))
+
+
+class Learner:
+    """One network with everything that training it needs; images go in channels-last."""
+
+    def __init__(self, network: nn.Module, config: OptimConfig, steps_per_epoch: int, device: torch.device):
+        self.config, self.device = config, device
+        self.network = network.to(device, memory_format=torch.channels_last)
+        self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+        self.ema.eval()
+        nesterov = config.momentum > 0
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=nesterov
+        )
+        self.steps, self.total_steps = 0, config.epochs * steps_per_epoch
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(device))
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+
+    def forward(self, images: Tensor, project: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Training mode, with gradients: images [B, 3, H, W] -> logits [B, C] (and embeddings)."""
+        self.network.train()
+        with self.autocast():
+            return self.network(images.contiguous(memory_format=torch.channels_last), project)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, network: nn.Module | None = None) -> Tensor:
+        """The averaged network (or the one given) in evaluation mode: images [B, 3, H, W] -> logits [B, C]."""
+        with self.autocast():
+            return (network or self.ema)(images.contiguous(memory_format=torch.channels_last))
+
+    def step(self, loss: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr_at(self.steps / self.total_steps)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.ema.update_parameters(self.network)
+        self.steps += 1
+
+    def state_dict(self) -> dict:
+        return {
+            "network": self.network.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.network.load_state_dict(state["network"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 arithmetic is native to the device, rather than emulated."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))

@@ -1,0 +1,217 @@
+"""The two networks: a backbone that yields features, a linear head, and for the auxiliary one a projection head."""
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flywheel_fast.errors import BadInput
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    name: str = "small_cnn"
+    """small_cnn, preact_resnet18, timm/NAME or torchvision/NAME (for example timm/resnet50)."""
+    width: int = 32
+    """Channels of the first layer of small_cnn; ignored by the others."""
+    weights: str | None = None
+    """Pretrained weights: a file (.safetensors or a state dict), `default` for the library's own, null: start fresh."""
+    keep_head: bool = False
+    """Take the classification head from the weights file too; otherwise the head starts fresh."""
+
+    def __post_init__(self):
+        if self.width < 1:
+            raise ValueError(f"model.*.width must be at least 1, not {self.width}")
+        if self.keep_head and self.weights in (None, "default"):
+            raise ValueError("model.*.keep_head=true needs model.*.weights to be a file with a head")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    main: NetworkConfig = field(default_factory=NetworkConfig)
+    """The network that tells clean labels from corrupted ones."""
+    aux: NetworkConfig | None = None
+    """The network that refurbishes corrupted labels; null: the same kind as main."""
+
+
+class Network(nn.Module):
+    """images [B, 3, H, W] -> logits [B, C], and with `project` also L2-normalised embeddings [B, P]."""
+
+    def __init__(self, backbone: nn.Module, num_features: int, num_classes: int, projection: int = 0):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(num_features, num_classes)
+        self.projection = None
+        if projection:
+            hidden = [nn.Linear(num_features, num_features), nn.ReLU(inplace=True)]
+            self.projection = nn.Sequential(*hidden, nn.Linear(num_features, projection))
+
+    def forward(self, images: Tensor, project: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        features = self.backbone(images)  # [B, D]
+        logits = self.head(features)
+        return (logits, F.normalize(self.projection(features), dim=1)) if project else logits
+
+
+def build(config: NetworkConfig, num_classes: int, image_size: int, seed: int, projection: int = 0) -> Network:
+    """A network whose fresh weights are a function of `seed`; `projection` is the embedding's width (0: none)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone, num_features = _backbone(config, image_size)
+        network = Network(backbone, num_features, num_classes, projection)
+    if config.weights not in (None, "default"):
+        _load_weights(network, Path(config.weights), config.keep_head)
+    return network
+
+
+def _backbone(config: NetworkConfig, image_size: int) -> tuple[nn.Module, int]:
+    library, _, name = config.name.rpartition("/")
+    if config.name == "small_cnn":
+        return SmallCNN(config.width, image_size), 4 * config.width
+    if config.name == "preact_resnet18":
+        return PreActResNet18(), 512
+    if library == "timm":
+        return _timm(name, config.weights == "default")
+    if library == "torchvision":
+        return _torchvision(name, config.weights == "default")
+    known = ["small_cnn", "preact_resnet18", "timm/NAME", "torchvision/NAME"]
+    near = difflib.get_close_matches(config.name, known, n=1)
+    raise BadInput(f"model name {config.name!r} is unknown; did you mean {near[0] if near else ', '.join(known)}?")
+
+
+def _timm(name: str, pretrained: bool) -> tuple[nn.Module, int]:
+    import timm
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        raise BadInput(f"timm has no model {name!r}" + (f"; did you mean timm/{near[0]}?" if near else ""))
+    try:
+        backbone = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except (OSError, RuntimeError) as error:  # no network, nothing in the cache
+        raise BadInput(
+            f"timm/{name}: pretrained weights cannot be had ({error}); give a file by model.*.weights"
+        ) from error
+    return backbone, backbone.num_features
+
+
+def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, int]:
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        near = difflib.get_close_matches(name, models.list_models(module=models), n=1)
+        raise BadInput(
+            f"torchvision has no classifier {name!r}" + (f"; did you mean torchvision/{near[0]}?" if near else "")
+        )
+    special = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    try:
+        backbone = models.get_model(name, weights="DEFAULT" if pretrained else None, **({} if pretrained else special))
+    except OSError as error:
+        raise BadInput(
+            f"torchvision/{name}: pretrained weights cannot be had ({error}); give a file by model.*.weights"
+        ) from error
+    linear = [(path, module) for path, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise BadInput(f"torchvision/{name}: has no linear head to replace; choose another network")
+    path, head = linear[-1]
+    backbone.set_submodule(path, nn.Identity())
+    return backbone, head.in_features
+
+
+def _load_weights(network: Network, path: Path, keep_head: bool) -> None:
+    """Loads a state dict of a Network, or of a bare timm or torchvision model, into the backbone (and the head)."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"weights {path}: no such file") from None
+    except Exception as error:  # each reader has its own exceptions; all mean the same to the user
+        raise BadInput(
+            f"weights {path}: not a state dict that can be loaded safely ({type(error).__name__})"
+        ) from error
+    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise BadInput(f"weights {path}: holds no state dict (name -> tensor)")
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    own = network.state_dict()
+    prefix = "" if any(key.startswith("backbone.") for key in weights) else "backbone."
+    wanted = [key for key in own if key.startswith("backbone.") or (keep_head and key.startswith("head."))]
+    for key in wanted:
+        found = weights.get(key.removeprefix(prefix))
+        if found is None:
+            raise BadInput(f"weights {path}: lacks {key.removeprefix(prefix)!r}; is it a file of another network?")
+        if key == "head.weight" and found.shape[0] != own[key].shape[0]:
+            raise BadInput(
+                f"weights {path}: its head knows {found.shape[0]} classes, the data have {own[key].shape[0]}; "
+                "set model.*.keep_head=false to start a fresh head"
+            )
+        if found.shape != own[key].shape:
+            raise BadInput(
+                f"weights {path}: {key.removeprefix(prefix)!r} has shape {list(found.shape)}, "
+                f"the network needs {list(own[key].shape)}"
+            )
+        own[key] = found
+    network.load_state_dict(own)
+
+
+def _conv_bn_relu(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(inplace=True),
+    )
+
+
+class SmallCNN(nn.Sequential):
+    """Four 3 x 3 convolutions for small images; 12 M multiply-adds at width 32 and 32 px, 0.24 M parameters.
+
+    From 32 px on the first convolution halves the image, so that two CPU cores train it in minutes.
+    """
+
+    def __init__(self, width: int, image_size: int):
+        super().__init__(
+            _conv_bn_relu(3, width, 2 if image_size >= 32 else 1),
+            _conv_bn_relu(width, 2 * width),
+            nn.MaxPool2d(2),
+            _conv_bn_relu(2 * width, 4 * width),
+            nn.MaxPool2d(2),
+            _conv_bn_relu(4 * width, 4 * width),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+
+
+class PreActResNet18(nn.Module):
+    """The pre-activation ResNet-18 of the noisy-label literature (He et al. 2016, arXiv 1603.05027), for 32-64 px."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        widths, strides = [64, 64, 64, 128, 128, 256, 256, 512, 512], [1, 1, 2, 1, 2, 1, 2, 1]
+        self.blocks = nn.Sequential(
+            *[PreActBlock(a, b, stride) for a, b, stride in zip(widths, widths[1:], strides, strict=False)]
+        )
+        self.norm = nn.BatchNorm2d(512)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.relu(self.norm(self.blocks(self.stem(images)))).mean(dim=(2, 3))
+
+
+class PreActBlock(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(channels_in), nn.BatchNorm2d(channels_out)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False)
+        same = stride == 1 and channels_in == channels_out
+        self.shortcut = None if same else nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.norm1(x))
+        skip = x if self.shortcut is None else self.shortcut(active)
+        return self.conv2(F.relu(self.norm2(self.conv1(active)))) + skip

@@ -1,0 +1,53 @@
+"""Where a run lives: runs/NAME, or the folder that the user names; what is in it already is never lost unasked."""
+
+import itertools
+import shutil
+from pathlib import Path
+
+from flywheel_fast.errors import BadInput
+
+CHECKPOINT = Path("weights", "last.pt")
+
+
+def resumable(folder: Path) -> bool:
+    return (folder / CHECKPOINT).is_file()
+
+
+def to_resume(resume: str, out: str | None, name: str) -> Path | None:
+    """The folder to go on in: the one that `--resume PATH` names; for `auto` that of `out`, or None to start anew."""
+    if resume == "auto":
+        folder = Path(out or Path("runs", name))
+        return folder if resumable(folder) else None
+    folder = Path(resume)
+    if folder.name == CHECKPOINT.name and folder.is_file():
+        folder = folder.parent.parent
+    if not resumable(folder):
+        raise BadInput(f"--resume {resume}: {folder / CHECKPOINT} is not there; name a run folder, or `auto`")
+    if out and Path(out).resolve() != folder.resolve():
+        raise BadInput(f"--out {out} is not the folder that --resume {resume} names; leave one of the two out")
+    return folder
+
+
+def create(out: str | None, name: str, overwrite: bool, resuming: bool) -> Path:
+    """A new, empty run folder. `resuming`: a folder without a checkpoint, from a run cut off early, is used again."""
+    folder = Path(out) if out else Path("runs", name)
+    if not out and not overwrite and not resuming:
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        folder = next(Path("runs", name) for name in names if not Path("runs", name).exists())
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"--out {folder}: is a file, not a folder")
+    if folder.exists() and any(folder.iterdir()):
+        is_run = (folder / "config.yaml").is_file()
+        if not (overwrite or resuming):
+            raise BadInput(f"--out {folder}: is not empty; give --resume auto to go on, --overwrite to replace it")
+        if not is_run:
+            raise BadInput(
+                f"--out {folder}: holds something other than a run, which is not replaced; name another folder"
+            )
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "train.log").touch()
+    except OSError as error:
+        raise BadInput(f"--out {folder}: cannot be written ({error.strerror}); name a folder that can") from error
+    return folder

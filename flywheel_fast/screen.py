@@ -1,0 +1,50 @@
+"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere; train.log keeps what was said."""
+
+import datetime
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+class Screen:
+    def __init__(self, log_file: Path):
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.log_file = log_file
+        self._progress: Progress | None = None
+
+    def say(self, text: str, style: str = "") -> None:
+        """A line on the screen and, with the time, in train.log."""
+        self.console.print(text, style=style, markup=False)
+        with open(self.log_file, "a", encoding="utf-8") as file:
+            file.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+
+    def warn(self, text: str) -> None:
+        self.say(f"warning: {text}", style="yellow")
+
+    @contextmanager
+    def progress(self, total_images: int, done_images: int):
+        """Yields a function that takes a number of images; the bar shows on terminals only."""
+        columns = [TextColumn("{task.description}"), BarColumn(), _Rate(), TimeElapsedColumn(), TimeRemainingColumn()]
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as bar:
+            task = bar.add_task("training", total=total_images, completed=done_images, start_at=done_images)
+            yield lambda images: bar.advance(task, images)
+
+    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+        table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+        table.add_column(style="bold")
+        table.add_column()
+        for name, value in rows:
+            table.add_row(Text(name), Text(value))
+        self.console.print(table)
+        with open(self.log_file, "a", encoding="utf-8") as file:
+            file.writelines(f"{name:<32} {value}\n" for name, value in rows)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task) -> Text:
+        done = task.completed - task.fields["start_at"]
+        return Text(f"{done / task.elapsed:,.0f} images/s" if task.elapsed and done else "")

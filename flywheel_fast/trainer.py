@@ -1,0 +1,270 @@
+"""The one assembler: a config becomes data, networks and state; the loop runs; the run folder fills."""
+
+import csv
+import io
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save as to_safetensors
+
+from flywheel_fast import audit, checkpoint, env, models, run_folder
+from flywheel_fast import config as configs
+from flywheel_fast.cycle import Cycle, CycleConfig
+from flywheel_fast.data import sources
+from flywheel_fast.data.pipelines import Loader, ViewsConfig
+from flywheel_fast.em import EMState
+from flywheel_fast.errors import BadInput, Failure
+from flywheel_fast.learner import Learner, OptimConfig
+from flywheel_fast.screen import Screen
+
+PHASES = ("data", "infer", "train", "em", "eval", "save")
+COLUMNS = (
+    *("cycle", "test_acc_main", "test_acc_aux", "gamma", "true_clean", "selection_auroc", "refurbish_acc"),
+    *("classes_alive", "selection_ap", "posterior_acc", "loss_main", "loss_aux", "lr"),
+    *(f"sec_{phase}" for phase in PHASES),
+)
+MAY_CHANGE = {"name", "eval_every", "optim.epochs", "data.threads", "data.cache_gb"}  # between a run and its resumption
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "run"
+    """The run's folder is runs/NAME, numbered when taken."""
+    seed: int = 0
+    """Of the initial weights, the order and the augmentations; noise and subsets have their own."""
+    eval_every: int = 1
+    """Epochs between two looks at the test split; the last epoch is always looked at."""
+    data: sources.DataConfig = field(default_factory=sources.DataConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    model: models.ModelConfig = field(default_factory=models.ModelConfig)
+    cycle: CycleConfig = field(default_factory=CycleConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self):
+        if self.eval_every < 1:
+            raise ValueError(f"eval_every must be at least 1, not {self.eval_every}")
+        if self.cycle.kind == "flywheel" and self.cycle.warmup > self.optim.epochs:
+            raise ValueError(f"cycle.warmup={self.cycle.warmup} is longer than optim.epochs={self.optim.epochs}")
+
+
+class Trainer:
+    """Everything of one run in the folder `out`; `resume` restores its last checkpoint."""
+
+    def __init__(self, config: Config, out: Path, resume: bool = False):
+        self.config, self.out = config, out
+        self.screen = Screen(out / "train.log")
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.train_set, self.test_set, self.noisy_labels = sources.load(config.data)
+        self.loader = self._loader(self.train_set, config.optim.batch_size)
+        self.test_loader = self._loader(self.test_set, 500) if self.test_set else None
+        self.cycle = self._assemble()
+        self.history: list[dict] = []  # a row an epoch, as in metrics.csv
+        self.merged: list[tuple[int, int]] = []  # classes that the cycle has lost, and into which
+        self.warned: set[tuple[int, int]] = set()
+        if resume:
+            self._restore()
+        self.config_text = configs.dump(config)
+
+    def run(self) -> None:
+        config, cycle, n = self.config, self.cycle, len(self.train_set.labels)
+        self._open()
+        images = [cycle.views_per_sample(epoch) * n for epoch in range(config.optim.epochs)]
+        done = len(self.history)
+        with self.screen.progress(sum(images), sum(images[:done])) as cycle.on_images:
+            for epoch in range(done, config.optim.epochs):
+                cycle.clock.seconds.clear()
+                cycle.run(self.loader, epoch)
+                self.history.append(self._measure(epoch))
+                self._save()
+                self._say_epoch()
+        self._close()
+
+    # -- start ---------------------------------------------------------------------------------------------------------
+
+    def _loader(self, manifest, batch_size: int) -> Loader:
+        config = self.config
+        data = config.data
+        return Loader(manifest, config.views, batch_size, config.seed, self.device, data.threads, data.cache_gb)
+
+    def _assemble(self) -> Cycle:
+        config, num_classes = self.config, len(self.train_set.classes)
+
+        def learner(network: models.NetworkConfig, seed: int, projection: int = 0) -> Learner:
+            size = config.views.image_size
+            built = models.build(network, num_classes, size, seed, projection)
+            return Learner(built, config.optim, len(self.loader), self.device)
+
+        main, aux = learner(config.model.main, 2 * config.seed), None
+        if config.cycle.kind == "flywheel":
+            projection = 128 if config.cycle.contrastive > 0 else 0
+            aux = learner(config.model.aux or config.model.main, 2 * config.seed + 1, projection)
+        labels = torch.as_tensor(self.train_set.labels, device=self.device)
+        return Cycle(config.cycle, main, aux, EMState.start(labels, num_classes, config.cycle.gamma))
+
+    def _restore(self) -> None:
+        path = self.out / run_folder.CHECKPOINT
+        saved = checkpoint.load(path)
+        changed = set(configs.difference(saved["config"], configs.as_dict(self.config))) - MAY_CHANGE
+        if changed:
+            raise BadInput(
+                f"checkpoint {path}: was trained with another {', '.join(sorted(changed))}; set back what differs from "
+                f"{self.out / 'config.yaml'}, or train in another --out"
+            )
+        if saved["labels"] != self.train_set.digest:
+            raise BadInput(
+                f"checkpoint {path}: the training files or their labels have changed since; train in another --out"
+            )
+        self.cycle.load_state_dict(saved["cycle"])
+        torch.set_rng_state(saved["generator"])
+        self.history = saved["history"]
+
+    def _open(self) -> None:
+        train_set, config = self.train_set, self.config
+        checkpoint.write_atomic(self.out / "config.yaml", self.config_text.encode())
+        checkpoint.write_atomic(self.out / "env.json", json.dumps(env.describe(), indent=2).encode())
+        test = f"{len(self.test_set.labels):,} to test on" if self.test_set else "nothing to test on"
+        where = f"{self.device}, {'bf16' if self.cycle.main.bf16 else 'fp32'}, {torch.get_num_threads()} threads"
+        self.screen.say(
+            f"{len(train_set.labels):,} images of {len(train_set.classes)} classes to train on, {test}; {where}"
+        )
+        if train_set.true_labels is not None:
+            wrong = np.mean(train_set.labels != train_set.true_labels)
+            self.screen.say(
+                f"noise {config.data.noise.kind}: {wrong:.1%} of the labels are wrong (labels {train_set.digest[:16]})"
+            )
+        if self.history:
+            self.screen.say(f"going on after epoch {len(self.history)} of {config.optim.epochs}")
+
+    # -- each epoch ----------------------------------------------------------------------------------------------------
+
+    def _measure(self, epoch: int) -> dict:
+        cycle, last = self.cycle, epoch + 1 == self.config.optim.epochs
+        row: dict = {"cycle": epoch + 1, "lr": cycle.main.optimizer.param_groups[0]["lr"]}
+        row |= {f"loss_{name}": torch.stack(steps).mean().item() for name, steps in cycle.losses.items()}
+        broken = [name for name in row if not np.isfinite(row[name])]
+        if broken:
+            raise Failure(
+                f"{broken[0]} became {row[broken[0]]} in epoch {epoch + 1}; the state after epoch {epoch} is kept in "
+                f"{self.out}: start anew with a lower optim.lr (it is {self.config.optim.lr})"
+            )
+        with cycle.clock("eval"):
+            if self.test_loader and (last or (epoch + 1) % self.config.eval_every == 0):
+                row |= self._accuracy()
+            true = self.train_set.true_labels
+            if true is not None:
+                row["true_clean"] = float(np.mean(true == self.train_set.labels))
+            if cycle.cycling(epoch):
+                self.merged = cycle.state.merged_classes()
+                num_classes = cycle.state.num_classes
+                row |= {"gamma": cycle.state.gamma.item(), "classes_alive": num_classes - len(self.merged)}
+                if true is not None:
+                    row |= self._quality(true)
+        return row
+
+    def _accuracy(self) -> dict:
+        """Share of test images that the averaged networks get right."""
+        labels = torch.as_tensor(self.test_set.labels, device=self.device)
+        learners = self.cycle.learners()
+        right = {name: [] for name in learners}
+        for index, (clean,) in self.test_loader.sweep():
+            for name, learner in learners.items():
+                right[name].append(learner.predict(clean).argmax(dim=1) == labels[index])
+        return {f"test_acc_{name}": torch.cat(hits).double().mean().item() for name, hits in right.items()}
+
+    def _quality(self, true: np.ndarray) -> dict:
+        state = self.cycle.state
+        auroc, average_precision = audit.selection_quality(state.clean_prob.cpu().numpy(), self.train_set.labels, true)
+        return {
+            "selection_auroc": auroc,
+            "selection_ap": average_precision,
+            "refurbish_acc": float(np.mean(state.resampled_label.cpu().numpy() == true)),
+            "posterior_acc": float(np.mean(state.suggested_label.cpu().numpy() == true)),
+        }
+
+    def _save(self) -> None:
+        start = time.perf_counter()
+        row = self.history[-1]
+        row |= {f"sec_{phase}": round(self.cycle.clock.seconds[phase], 4) for phase in PHASES[:-1]}
+        state = {
+            "config": configs.as_dict(self.config),
+            "labels": self.train_set.digest,
+            "cycle": self.cycle.state_dict(),
+            "generator": torch.get_rng_state(),
+            "history": self.history,
+        }
+        checkpoint.save(self.out / run_folder.CHECKPOINT, state)
+        row["sec_save"] = round(time.perf_counter() - start, 4)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(self.history)
+        checkpoint.write_atomic(self.out / "metrics.csv", text.getvalue().encode())
+
+    def _say_epoch(self) -> None:
+        row, epochs = self.history[-1], self.config.optim.epochs
+        parts = [f"epoch {row['cycle']:>3}/{epochs}"]
+        shown = ("test_acc_main", "test_acc_aux", "gamma", "true_clean", "selection_auroc", "refurbish_acc")
+        parts += [f"{name} {row[name]:.3f}" for name in shown if name in row]
+        self.screen.say("  ".join(parts) + f"  {sum(row.get(f'sec_{phase}', 0) for phase in PHASES):.1f} s")
+        names = self.train_set.classes
+        for gone, into in set(self.merged) - self.warned:
+            self.screen.warn(
+                f"class {names[gone]!r} has all but vanished from the refurbished labels: its samples are called "
+                f"{names[into]!r}. The cycle merges classes; cycle.aligned, optim.ema_decay and a longer warm-up help"
+            )
+        self.warned |= set(self.merged)
+
+    # -- end -----------------------------------------------------------------------------------------------------------
+
+    def _close(self) -> None:
+        """Network, labels, plots, and the table of what a user wants to know."""
+        inference = self.cycle.inference()
+        meta = {"classes": json.dumps(self.train_set.classes), "config": self.config_text}
+        weights = {key: value.contiguous() for key, value in inference.ema.module.state_dict().items()}
+        checkpoint.write_atomic(self.out / "weights" / "model.safetensors", to_safetensors(weights, meta))
+        labels = self._labels() if self.cycle.aux else None
+        with self.screen.console.status("writing labels and plots"):
+            if labels:
+                audit.write_labels(labels, self.out / "labels")
+            audit.write_plots(labels, self.out / "metrics.csv", self.out / "plots")
+        self.screen.table("\nResult", self._result(labels))
+
+    def _labels(self) -> audit.Labels:
+        train_set, state = self.train_set, self.cycle.state
+        return audit.Labels(
+            root=train_set.root,
+            files=train_set.files,
+            classes=train_set.classes,
+            given=train_set.labels,
+            true=train_set.true_labels,
+            clean_prob=state.clean_prob.cpu().numpy(),
+            suggested=state.suggested_label.cpu().numpy(),
+            suggested_prob=state.suggested_prob.cpu().numpy(),
+            posterior_sum=state.posterior_sum.cpu().numpy(),
+        )
+
+    def _result(self, labels: audit.Labels | None) -> list[tuple[str, str]]:
+        row, n = self.history[-1], len(self.train_set.labels)
+        used = "aux" if self.cycle.aux else "main"
+        rows = []
+        if f"test_acc_{used}" in row:
+            rows.append(("test accuracy, last epoch", f"{row[f'test_acc_{used}']:.4f}"))
+        if self.cycle.aux and "test_acc_main" in row:
+            rows.append(("  of the main network", f"{row['test_acc_main']:.4f}"))
+        if labels:
+            rows += audit.summary_rows(labels, self.out)
+        merged = self.cycle.state.merged_classes() if labels else []
+        if merged:
+            names = self.train_set.classes
+            pairs = ", ".join(f"{names[gone]} -> {names[into]}" for gone, into in merged[:6])
+            rows.append(
+                ("COLLAPSED", f"{len(merged)} of {len(names)} classes have merged ({pairs}): do not use this result")
+            )
+        seconds = sum(row.get(f"sec_{phase}", 0) for row in self.history for phase in PHASES)
+        rows.append(("network", f"{self.out / 'weights' / 'model.safetensors'} ({used})"))
+        rows.append(("time", f"{seconds:.0f} s for {len(self.history)} epochs of {n:,} images"))
+        return rows

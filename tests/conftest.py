@@ -1,0 +1,41 @@
+"""Small data sets that tests share."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CLASSES = ("cat", "dog", "owl")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """The digits are written into a cache of the tests' own, not the user's."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def outside_data() -> Path:
+    """The folder of FLYWHEEL_DATA: cifar10-jpeg.tar.xz, cifar10n.npz, clothing-photos.tar."""
+    if "FLYWHEEL_DATA" not in os.environ:
+        pytest.skip("FLYWHEEL_DATA is not set: it names a folder with cifar10-jpeg.tar.xz and cifar10n.npz")
+    return Path(os.environ["FLYWHEEL_DATA"])
+
+
+def write_image(path: Path, rng: np.random.Generator, size=(20, 24)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(256, size=(*size, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """root/train/CLASS and root/test/CLASS: 7 + 5 + 6 training and 3 x 2 test images, JPEG and PNG."""
+    rng = np.random.default_rng(0)
+    for name, count in zip(CLASSES, (7, 5, 6), strict=True):
+        for number in range(count):
+            write_image(tmp_path / "data" / "train" / name / f"{number}.{('jpg', 'png')[number % 2]}", rng)
+        for number in range(2):
+            write_image(tmp_path / "data" / "test" / name / f"{number}.jpg", rng)
+    return tmp_path / "data"

@@ -1,0 +1,149 @@
+"""The method's properties, on the toy of docs/method.md: ten Gaussian classes, small MLPs, known truth."""
+
+import numpy as np
+import pytest
+import torch
+import toy
+
+from flywheel_fast import reference
+from flywheel_fast.em import EMState, Resampling
+from flywheel_fast.losses import confidence_regulariser, ntxent, soft_cross_entropy
+
+NOISES = [("symmetric", 0.5), ("symmetric", 0.8), ("pair", 0.4), ("instance", 0.4), ("asym", 0.4)]
+
+
+@pytest.fixture(scope="module", params=NOISES, ids=lambda noise: f"{noise[0]}-{noise[1]}")
+def noisy(request):
+    return toy.make(*request.param)
+
+
+def test_flywheel_beats_cross_entropy_and_recovers_gamma_and_corruption(noisy):
+    plain, _, _ = toy.run(noisy, kind="cross_entropy")
+    accuracy, gamma, cycle = toy.run(noisy)
+    assert accuracy > plain + 0.08
+    assert accuracy > 0.88
+    assert abs(gamma - np.mean(noisy.true == noisy.labels)) < 0.08
+    truth = np.zeros((toy.C, toy.C))
+    np.add.at(truth, (noisy.true, noisy.labels), 1)
+    estimated = cycle.state.posterior_sum.numpy()
+    variation = 0.5 * np.abs(truth / truth.sum(1, keepdims=True) - estimated / estimated.sum(1, keepdims=True)).sum(1)
+    assert variation.mean() < 0.1
+    assert torch.equal(cycle.state.labels, torch.from_numpy(noisy.labels))  # observed labels are never overwritten
+
+
+def test_gamma_alone_is_recovered_when_the_main_network_is_right():
+    """EM over gamma with g = the distribution of clean labels, by the main E-step only."""
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.full(10, 0.2), size=20_000)
+    clean = (p.cumsum(1) > rng.random(20_000)[:, None]).argmax(1)
+    hit = rng.random(20_000) < 0.4
+    labels = np.where(hit, rng.integers(10, size=20_000), clean)
+    gamma, logits = torch.tensor(0.9, dtype=torch.float64), torch.from_numpy(np.log(p + 1e-30))
+    for _ in range(300):
+        w, total = reference.main_estep(logits, torch.from_numpy(labels), gamma, torch.full((20_000,), 0.1))
+        gamma = total / len(w)
+    assert abs(gamma.item() - 0.6) < 0.02
+
+
+@pytest.mark.parametrize(("weight", "low", "high"), [(0.4, 0, 1e-3), (0.0, 0.1, 1)])
+def test_lemma_1_the_regulariser_finds_the_clean_distribution(weight, low, high):
+    """gamma' = 0.6: at lambda = 1 - gamma' the minimiser is the clean distribution, at lambda = 0 it is far off."""
+    clean = torch.tensor([0.7, 0.2, 0.05, 0.05], dtype=torch.float64)
+    observed = 0.6 * clean + 0.4 / 4
+    logits = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-14)
+
+    def loss():
+        solver.zero_grad()
+        log_g = logits.log_softmax(1)
+        value = -(observed * log_g).sum() + weight * log_g.mean()
+        value.backward()
+        return value
+
+    solver.step(loss)
+    variation = 0.5 * (logits.softmax(1)[0] - clean).abs().sum().item()
+    assert low <= variation <= high
+
+
+def test_without_refurbishing_and_regulariser_gamma_runs_to_one():
+    """Main EM alone: g learns the observed labels, every label looks clean: the collapse that the method prevents."""
+    noisy = toy.make("symmetric", 0.5)
+    _, _, cycle = toy.run(noisy, epochs=60, kind="cross_entropy")
+    state = EMState.start(torch.from_numpy(noisy.labels), toy.C, 0.5)
+    index = torch.arange(len(noisy.labels))
+    for _ in range(50):
+        state.main_estep(index, cycle.main.predict(noisy.x))
+        state.update_gamma()
+    assert state.gamma.item() > 0.98
+
+
+def test_the_regulariser_is_finite_and_differentiable_at_saturation():
+    logits = torch.tensor([[200.0, -200, 0, 3], [0, 0, 0, 0]], requires_grad=True)
+    confidence_regulariser(logits, 1e-4).backward()
+    assert torch.isfinite(logits.grad).all()
+    exact = logits.detach().double().requires_grad_()
+    (exact.softmax(1) + 1e-4).log().mean().backward()
+    assert torch.allclose(logits.grad.double(), exact.grad, atol=1e-7)
+
+
+def test_soft_cross_entropy_of_one_hot_is_cross_entropy():
+    logits, labels = torch.randn(7, 5), torch.randint(5, (7,))
+    one_hot = torch.nn.functional.one_hot(labels, 5).float()
+    assert torch.allclose(soft_cross_entropy(logits, one_hot), torch.nn.functional.cross_entropy(logits, labels))
+
+
+def test_ntxent_against_the_definition():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.nn.functional.normalize(torch.randn(8, 6, generator=generator), dim=1)
+    total = 0.0
+    for i in range(8):
+        similar = [torch.exp(z[i] @ z[k] / 0.5) for k in range(8)]
+        total -= torch.log(similar[(i + 4) % 8] / (sum(similar) - similar[i]))
+    assert torch.allclose(ntxent(z[:4], z[4:], 0.5), total / 8)
+
+
+def test_posteriors_are_distributions_and_agree_with_the_definition():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(50, 4, generator=generator).double(), torch.randint(4, (50,), generator=generator)
+    w = torch.rand(50, generator=generator).double()
+    t = torch.rand(4, 4, generator=generator).double() * (1 - torch.eye(4))
+    t /= t.sum(1, keepdim=True)
+    f = logits.softmax(1)
+    for kind in ("mixture", "joint"):
+        q = reference.posterior(logits, labels, w, t, kind)
+        assert torch.allclose(q.sum(1), torch.ones(50).double())
+        for i in range(50):
+            j = labels[i]
+            hot = torch.eye(4).double()[j]
+            r = f[i] * t[:, j] / (f[i] * t[:, j]).sum()
+            wanted = w[i] * hot + (1 - w[i]) * (r if kind == "mixture" else t[:, j])
+            wanted = wanted if kind == "mixture" else f[i] * wanted / (f[i] * wanted).sum()
+            assert torch.allclose(q[i], wanted)
+
+
+def test_resampling_is_the_same_in_any_number_of_pieces_and_aligns():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(100, 4, generator=generator), torch.randint(4, (100,), generator=generator)
+    states = []
+    for pieces in (1, 7):
+        state = EMState.start(labels, 4, 0.5)
+        for _ in range(2):
+            resampling = Resampling(state, "mixture")
+            for index in torch.randperm(100, generator=generator).chunk(pieces):
+                resampling.add(index, logits[index])
+            resampling.finish(aligned=True, smoothing=1.0)
+        states.append(state)
+    for one, many in zip(states[0].state_dict().values(), states[1].state_dict().values(), strict=True):
+        assert torch.allclose(one, many, atol=1e-6)
+    state, f = states[0], logits.softmax(1)
+    assert torch.allclose(state.corruption.sum(1), torch.ones(4)) and not state.corruption.diagonal().any()
+    weights = torch.bincount(labels) / 100 / f.mean(0)
+    assert torch.equal(state.resampled_label, (f * weights).argmax(1))
+
+
+def test_merged_classes_are_named():
+    labels = torch.arange(4).repeat(25)
+    state = EMState.start(labels, 4, 0.5)
+    assert state.merged_classes() == []
+    state.resampled_label = torch.where(labels == 2, 3, labels)
+    assert state.merged_classes() == [(2, 3)]

@@ -1,0 +1,68 @@
+"""The house rules that a machine can hold: imports point downwards, and configs need no accelerator library."""
+
+import ast
+from pathlib import Path
+
+import flywheel_fast
+
+PACKAGE = Path(flywheel_fast.__file__).parent
+FLOORS = [  # a module may import from floors below its own, and from the rooms named for it beside itself
+    {"errors", "config", "__init__", "data.__init__"},
+    {"reference", "_C"},
+    {"ops"},
+    {"em", "losses", "models", "learner", "env"} | {"data.manifest", "data.noise", "data.order", "data.sources"},
+    {"cycle", "data.pipelines", "checkpoint", "run_folder", "screen"},
+    {"audit", "doctor"},
+    {"trainer"},
+    {"cli"},
+    {"__main__"},
+]
+BESIDE = {
+    ("data.sources", "data.manifest"),
+    ("data.sources", "data.noise"),
+    ("config", "errors"),
+}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield ".".join(path.relative_to(PACKAGE).with_suffix("").parts), ast.parse(path.read_text())
+
+
+def imported(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flywheel_fast"):
+            below = node.module.removeprefix("flywheel_fast").lstrip(".")
+            for name in node.names:
+                inner = f"{below}.{name.name}".lstrip(".")
+                yield inner if (PACKAGE / f"{inner.replace('.', '/')}.py").exists() or inner == "_C" else below
+
+
+def test_imports_point_downwards():
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    for module, tree in modules():
+        assert module in floor, f"{module} has no floor: give it one"
+        for other in imported(tree):
+            other = other or "__init__"
+            assert floor[other] < floor[module] or (module, other) in BESIDE, f"{module} imports {other}"
+
+
+def test_only_the_pipelines_import_dali():
+    for module, tree in modules():
+        names = {
+            name
+            for node in ast.walk(tree)
+            for name in (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else []
+            )
+        }
+        assert module == "data.pipelines" or not any(name.startswith("nvidia") for name in names), module
+
+
+def test_the_cycle_knows_no_files():
+    tree = dict(modules())["cycle"]
+    assert not [name for name in imported(tree) if name.startswith(("data", "checkpoint", "trainer"))]
