@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import save as to_safetensors
 
-from flywheel_fast import audit, checkpoint, env, models, run_folder
+from flywheel_fast import audit, checkpoint, env, models, ops, run_folder
 from flywheel_fast import config as configs
 from flywheel_fast.cycle import Cycle, CycleConfig
 from flywheel_fast.data import sources
@@ -136,6 +136,8 @@ class Trainer:
             self.screen.say(
                 f"noise {config.data.noise.kind}: {wrong:.1%} of the labels are wrong (labels {train_set.digest[:16]})"
             )
+        if why_not := ops.why_not_native(self.device):
+            self.screen.say(f"native ops {why_not}. The E-step runs on the PyTorch reference")
         if self.history:
             self.screen.say(f"going on after epoch {len(self.history)} of {config.optim.epochs}")
 

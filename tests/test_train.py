@@ -12,11 +12,11 @@ import tarfile
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 SHORT = ["optim.epochs=3", "cycle.warmup=1", "data.train_size=200", "data.test_size=100"]
 
 
@@ -60,23 +60,15 @@ def test_digits_are_learnt_and_the_wrong_labels_found(digits):
 
 def test_the_run_folder_holds_what_docs_say(digits):
     run, _ = digits
-    named = re.findall(r"^\| `([^`]+)` \|", (Path(__file__).parent.parent / "docs/run_folder.md").read_text(), re.M)
-    for name in named[: named.index("plots/") + 1]:
+    docs = (ROOT / "docs/run_folder.md").read_text()
+    files, columns = docs.split("## metrics.csv")
+    for name in re.findall(r"^\| `([^`]+)` \|", files, re.M):
         assert (run / name).exists(), name
     header = list(rows(run)[0])
     assert header[:8] == (
         "cycle test_acc_main test_acc_aux gamma true_clean selection_auroc refurbish_acc classes_alive".split()
     )
-    assert set(
-        re.findall(
-            r"`(\w+)`",
-            "".join(
-                re.findall(
-                    r"^\| (`\w+`.*?) \|", Path(Path(__file__).parent.parent / "docs/run_folder.md").read_text(), re.M
-                )
-            ),
-        )
-    ) >= set(header)
+    assert [column for column in header if f"`{column}`" not in columns] == []
     with open(run / "labels/issues.csv", newline="") as file:
         issues = list(csv.DictReader(file))
     assert len(issues) == 1347
@@ -108,7 +100,7 @@ def test_the_literal_cycle_collapses_and_says_so(tmp_path):
     assert "COLLAPSED" in (tmp_path / "runs/digits_literal/train.log").read_text()
 
 
-# -- stopping and going on -----------------------------------------------------------------------------------------------
+# -- stopping and going on ---------------------------------------------------------------------------------------------
 
 
 def same_run(one, two):
@@ -239,7 +231,7 @@ def test_human_labels_on_pictures_by_option(cifar, outside_data, tmp_path):
     assert seconds["sec_em"] < 0.02 * sum(seconds.values())
 
 
-# -- bad input -----------------------------------------------------------------------------------------------------------
+# -- bad input ---------------------------------------------------------------------------------------------------------
 
 
 def test_bad_words_are_refused_by_name(tmp_path, folder):
@@ -250,7 +242,7 @@ def test_bad_words_are_refused_by_name(tmp_path, folder):
     refused(flywheel("train", "cifar10_small", cwd=tmp_path), 2, "data.root", "cifar10")
     refused(flywheel("train", "cycle.warmup=50", cwd=tmp_path), 2, "cycle.warmup=50", "optim.epochs=40")
     refused(flywheel("train", "data.noise.kind=file", cwd=tmp_path), 2, "data.noise.file")
-    refused(flywheel("train", "model.main.name=timm/resnt50", cwd=tmp_path), 2, "timm/resnt50", "timm/resnet50")
+    refused(flywheel("train", "model.main.name=timm/resnt50", cwd=tmp_path), 2, "'resnt50'", "timm/resnet50")
     path = folder / "train/dog/2.jpg"
     path.write_bytes(path.read_bytes()[:200])
     refused(flywheel("train", "cifar10_small", f"data.root={folder}", cwd=tmp_path), 2, "train/dog/2.jpg")
@@ -265,7 +257,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tmp_path):
 def test_a_full_disk_is_named_and_the_checkpoint_before_survives(tmp_path):
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", small], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", small], capture_output=True).returncode:
         pytest.skip("cannot mount a small file system here: needs root")
     try:
         assert flywheel("train", *SHORT, "--out", small / "a", cwd=tmp_path).returncode == 0
@@ -284,7 +276,7 @@ def test_debug_shows_the_traceback(tmp_path):
     assert "Traceback" in flywheel("train", "nowhere.yaml", "--debug", cwd=tmp_path).stderr
 
 
-# -- the other commands --------------------------------------------------------------------------------------------------
+# -- the other commands ------------------------------------------------------------------------------------------------
 
 
 def test_config_commands(tmp_path):
@@ -304,7 +296,7 @@ def test_doctor_finds_nothing_broken_here(tmp_path):
 
 def test_readme_names_only_what_exists():
     for name in re.findall(r"\]\(([^)h][^)]*)\)", README):
-        assert (Path(__file__).parent.parent / name).exists(), name
+        assert (ROOT / name).exists(), name
     for name in re.findall(r"^\| `(\w+)` \|", README, re.M):
-        assert (Path(__file__).parent.parent / "configs" / f"{name}.yaml").exists(), name
-    assert np.all([command in README for command in ("pip install -e .", "flywheel-fast doctor", "--resume auto")])
+        assert (ROOT / "configs" / f"{name}.yaml").exists(), name
+    assert all(command in README for command in ("pip install -e .", "flywheel-fast doctor", "--resume auto"))
