@@ -14,7 +14,7 @@ from safetensors.torch import save as to_safetensors
 from flywheel_fast import audit, checkpoint, env, models, ops, run_folder
 from flywheel_fast import config as configs
 from flywheel_fast.cycle import Cycle, CycleConfig
-from flywheel_fast.data import sources
+from flywheel_fast.data import noise, sources
 from flywheel_fast.data.pipelines import Loader, ViewsConfig
 from flywheel_fast.em import EMState
 from flywheel_fast.errors import BadInput, Failure
@@ -133,9 +133,13 @@ class Trainer:
         )
         if train_set.true_labels is not None:
             wrong = np.mean(train_set.labels != train_set.true_labels)
-            self.screen.say(
-                f"noise {config.data.noise.kind}: {wrong:.1%} of the labels are wrong (labels {train_set.digest[:16]})"
-            )
+            self.screen.say(f"{wrong:.1%} of the labels are wrong")
+        if config.data.noise.kind != "none":
+            buffer = io.BytesIO()
+            noise.save(buffer, self.noisy_labels)
+            checkpoint.write_atomic(self.out / "noise.npz", buffer.getvalue())
+            digest = noise.digest(self.noisy_labels)[:16]
+            self.screen.say(f"{config.data.noise.kind} noise, saved as noise.npz, sha256 {digest}")
         if why_not := ops.why_not_native(self.device):
             self.screen.say(f"native ops {why_not}. The E-step runs on the PyTorch reference")
         if self.history:
