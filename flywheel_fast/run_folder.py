@@ -7,6 +7,7 @@ from pathlib import Path
 from flywheel_fast.errors import BadInput
 
 CHECKPOINT = Path("weights", "last.pt")
+LOG = "train.log"
 
 
 def resumable(folder: Path) -> bool:
@@ -37,7 +38,7 @@ def create(out: str | None, name: str, overwrite: bool, resuming: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"--out {folder}: is a file, not a folder")
     if folder.exists() and any(folder.iterdir()):
-        is_run = (folder / "config.yaml").is_file()
+        is_run = (folder / LOG).is_file()
         if not (overwrite or resuming):
             raise BadInput(f"--out {folder}: is not empty; give --resume auto to go on, --overwrite to replace it")
         if not is_run:
@@ -47,7 +48,7 @@ def create(out: str | None, name: str, overwrite: bool, resuming: bool) -> Path:
         shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "train.log").touch()
+        (folder / LOG).touch()
     except OSError as error:
         raise BadInput(f"--out {folder}: cannot be written ({error.strerror}); name a folder that can") from error
     return folder

@@ -14,7 +14,6 @@ class Screen:
     def __init__(self, log_file: Path):
         self.console = Console(highlight=False, soft_wrap=True)
         self.log_file = log_file
-        self._progress: Progress | None = None
 
     def say(self, text: str, style: str = "") -> None:
         """A line on the screen and, with the time, in train.log."""

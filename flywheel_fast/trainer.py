@@ -56,7 +56,7 @@ class Trainer:
 
     def __init__(self, config: Config, out: Path, resume: bool = False):
         self.config, self.out = config, out
-        self.screen = Screen(out / "train.log")
+        self.screen = Screen(out / run_folder.LOG)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.train_set, self.test_set, self.noisy_labels = sources.load(config.data)
         self.loader = self._loader(self.train_set, config.optim.batch_size)
@@ -153,9 +153,10 @@ class Trainer:
         row |= {f"loss_{name}": torch.stack(steps).mean().item() for name, steps in cycle.losses.items()}
         broken = [name for name in row if not np.isfinite(row[name])]
         if broken:
+            kept = f"the state after epoch {epoch} is kept in {self.out}" if epoch else "nothing was saved yet"
             raise Failure(
-                f"{broken[0]} became {row[broken[0]]} in epoch {epoch + 1}; the state after epoch {epoch} is kept in "
-                f"{self.out}: start anew with a lower optim.lr (it is {self.config.optim.lr})"
+                f"{broken[0]} became {row[broken[0]]} in epoch {epoch + 1}; {kept}: start anew with a lower optim.lr "
+                f"(it is {self.config.optim.lr})"
             )
         with cycle.clock("eval"):
             if self.test_loader and (last or (epoch + 1) % self.config.eval_every == 0):
@@ -175,7 +176,7 @@ class Trainer:
         """Share of test images that the averaged networks get right."""
         labels = torch.as_tensor(self.test_set.labels, device=self.device)
         learners = self.cycle.learners()
-        right = {name: [] for name in learners}
+        right: dict[str, list[torch.Tensor]] = {name: [] for name in learners}
         for index, (clean,) in self.test_loader.sweep():
             for name, learner in learners.items():
                 right[name].append(learner.predict(clean).argmax(dim=1) == labels[index])
@@ -184,12 +185,13 @@ class Trainer:
     def _quality(self, true: np.ndarray) -> dict:
         state = self.cycle.state
         auroc, average_precision = audit.selection_quality(state.clean_prob.cpu().numpy(), self.train_set.labels, true)
-        return {
+        found = {
             "selection_auroc": auroc,
             "selection_ap": average_precision,
             "refurbish_acc": float(np.mean(state.resampled_label.cpu().numpy() == true)),
             "posterior_acc": float(np.mean(state.suggested_label.cpu().numpy() == true)),
         }
+        return {name: value for name, value in found.items() if not np.isnan(value)}  # all labels right, or all wrong
 
     def _save(self) -> None:
         start = time.perf_counter()
