@@ -36,14 +36,48 @@ def self_test() -> dict[str, tuple[bool, str]]:
         if why_not := ops.why_not_native(device):
             results[f"ops on {device}"] = (True, f"on the reference; native ops {why_not}")
             continue
-        generator = torch.Generator().manual_seed(0)
-        logits, labels = torch.randn(257, 10, generator=generator), torch.randint(10, (257,), generator=generator)
-        gamma, eps = torch.tensor(0.6, dtype=torch.float64), torch.rand(257, generator=generator)
-        exact, _ = reference.main_estep(logits.double(), labels, gamma, eps)
-        found, _ = ops.main_estep(*(t.to(device) for t in (logits, labels, gamma, eps)))
-        error = (found.cpu() - exact).abs().max().item()
-        results[f"main_estep {device}"] = (error < 1e-5, f"largest error {error:.1e}")
+        for op, arguments in _operands().items():
+            exact = _values(getattr(reference, op)(*arguments))
+            native = [_as_native(a, device) for a in arguments]
+            found = _values(getattr(ops, op)(*native))
+            error = max((f.cpu() - e).abs().max().item() for f, e in zip(found, exact, strict=True))
+            results[f"{op} {device}"] = (error < 1e-4, f"largest error {error:.1e}")
     return results
+
+
+def _operands() -> dict[str, tuple]:
+    """Arguments of every op, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    n, c = 257, 10
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    main, aux = (torch.randn(n, c, generator=generator).double() for _ in range(2))
+    labels = torch.randint(c, (n,), generator=generator)
+    corruption = uniform(c, c).fill_diagonal_(0)
+    corruption /= corruption.sum(dim=1, keepdim=True)
+    gamma, eps, clean_prob, align = uniform(()), uniform(n), uniform(n), uniform(c) + 0.5
+    return {
+        "main_estep": (main, labels, gamma, eps),
+        "aux_estep": (aux, labels, clean_prob, corruption, align, "joint"),
+        "em_step": (main, aux, labels, gamma, eps, corruption, align, "mixture"),
+        "posterior": (aux, labels, clean_prob, corruption, "joint"),
+        "posterior_loss": (main, aux, labels, clean_prob, corruption, "mixture", 0.1),
+    }
+
+
+def _as_native(value, device: str):
+    """float32 on the device, but gamma stays float64."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(device, torch.float32 if value.is_floating_point() and value.dim() else value.dtype)
+
+
+def _values(found) -> list[torch.Tensor]:
+    if isinstance(found, tuple):
+        return [value for part in found for value in _values(part)]
+    return [found.double()]
 
 
 def _build() -> str:

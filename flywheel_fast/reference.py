@@ -73,6 +73,21 @@ def posterior(logits: Tensor, labels: Tensor, clean_prob: Tensor, corruption: Te
     raise ValueError(f"posterior kind must be 'mixture' or 'joint', not {kind!r}")
 
 
+def em_step(
+    main_logits: Tensor,
+    aux_logits: Tensor,
+    labels: Tensor,
+    gamma: Tensor,
+    eps: Tensor,
+    corruption: Tensor,
+    align: Tensor,
+    kind: str,
+) -> tuple[Tensor, Tensor, AuxEStep]:
+    """Steps 1 and 2 from one look at both networks' logits [N, C]: clean_prob [N], its sum, and `aux_estep` with it."""
+    clean_prob, clean_sum = main_estep(main_logits, labels, gamma, eps)
+    return clean_prob, clean_sum, aux_estep(aux_logits, labels, clean_prob, corruption, align, kind)
+
+
 def aux_estep(
     logits: Tensor, labels: Tensor, clean_prob: Tensor, corruption: Tensor, align: Tensor, kind: str
 ) -> AuxEStep:
@@ -100,3 +115,31 @@ def aux_estep(
         posterior_sum=by_observed(q),
         class_sum=f.sum(dim=0, dtype=torch.float64),
     )
+
+
+def posterior_loss(
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    clean_prob: Tensor | None,
+    corruption: Tensor | None,
+    kind: str = "mixture",
+    confidence: float = 0.0,
+    delta: float = 1e-4,
+) -> Tensor:
+    """Steps 3 and 4: mean of -sum_y q(y) log g(y) + (confidence / C) sum_y log(g(y) + delta), g = softmax(logits).
+
+    logits [V * N, C]: V views of N samples, row v * N + i of sample i. q is the posterior by teacher_logits [N, C], of
+    the same samples as labels and clean_prob [N]; without a teacher, q is the label (observed or resampled).
+    Returns the loss []. A class with q(y) = 0 costs nothing, whatever its logit.
+    """
+    log_g = _log_softmax(logits)
+    if teacher_logits is None:
+        q = torch.nn.functional.one_hot(labels, logits.shape[1]).to(log_g.dtype)
+    else:
+        q = posterior(teacher_logits, labels, clean_prob, corruption, kind).to(log_g.dtype)
+    q = q.detach().repeat(len(logits) // max(len(labels), 1), 1)  # [V * N, C]
+    loss = -torch.where(q == 0, 0, q * log_g).sum(dim=1)
+    if confidence:
+        loss = loss + confidence * (log_g.exp() + delta).log().mean(dim=1)
+    return loss.mean()
