@@ -31,9 +31,9 @@ def main(words: list[str] | None = None) -> int:
     except Failure as error:
         return _ended(args, error, EXIT_FAILURE)
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted; `--resume auto` with the same words goes on after the last finished epoch", file=sys.stderr
-        )
+        folder = getattr(args, "folder", None)
+        how = f"; `flywheel-fast train --resume {folder}` goes on after the last finished epoch" if folder else ""
+        print(f"\ninterrupted{how}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `flywheel-fast config ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -113,7 +113,9 @@ def _train(args: argparse.Namespace) -> None:
     cfg = config.load(Config, name, changes)
     folder = run_folder.to_resume(args.resume, args.out, cfg.name) if args.resume else None
     out = folder or run_folder.create(args.out, cfg.name, args.overwrite, resuming=args.resume == "auto")
-    Trainer(cfg, out, resume=folder is not None).run()
+    trainer = Trainer(cfg, out, resume=folder is not None)
+    args.folder = out  # for the last words of an interrupted run
+    trainer.run()
 
 
 def _config_ls(args: argparse.Namespace) -> None:
