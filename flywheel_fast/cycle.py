@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from flywheel_fast.em import EMState, Resampling
 from flywheel_fast.learner import Learner
-from flywheel_fast.losses import confidence_regulariser, ntxent, soft_cross_entropy
+from flywheel_fast.losses import ntxent
 
 
 @dataclass(frozen=True)
@@ -139,20 +139,16 @@ class Cycle:
         teacher = copy.deepcopy(self.aux.ema)
         contrastive = self.config.contrastive > 0
         views = ("clean", "weak", "strong") + ("strong2",) * contrastive
-        for index, (clean, weak, strong, *strong2) in self._batches(loader.epoch(2 * epoch, views)):
+        for index, (clean, *augmented) in self._batches(loader.epoch(2 * epoch, views)):
             with self.clock("infer"):
-                logits = self.aux.predict(clean, teacher)
-            with self.clock("em"):
-                q = self.state.posterior(index, logits, self.config.posterior)  # [B, C]
+                teacher_logits = self.aux.predict(clean, teacher)
             with self.clock("train"):
-                images = torch.cat([weak, strong, *strong2])
+                output = self.aux.forward(torch.cat(augmented), project=contrastive)
+                logits, embeddings = output if contrastive else (output, None)
+                loss = self.state.loss(index, logits, teacher_logits, self.config.posterior)
                 if contrastive:
-                    logits, embeddings = self.aux.forward(images, project=True)
                     _, first, second = embeddings.chunk(3)
-                    loss = soft_cross_entropy(logits, torch.cat([q, q, q]))
                     loss = loss + self.config.contrastive * ntxent(first, second, self.config.temperature)
-                else:
-                    loss = soft_cross_entropy(self.aux.forward(images), torch.cat([q, q]))
                 self._step("aux", self.aux, loss)
 
     def resample(self, loader) -> None:
@@ -167,24 +163,15 @@ class Cycle:
 
     def main_mstep(self, loader, epoch: int) -> None:
         """Step 4: g learns the refurbished labels under the confidence regulariser; gamma is the mean of w."""
-        soft = self.config.target == "soft_q"
-        for index, (weak, *clean) in self._batches(
-            loader.epoch(2 * epoch + 1, ("weak", "clean") if soft else ("weak",))
-        ):
-            if soft:
-                with self.clock("infer"):
-                    logits = self.aux.predict(clean[0])
-                with self.clock("em"):
-                    q = self.state.posterior(index, logits, self.config.posterior)
+        config = self.config
+        views = ("weak", "clean") if config.target == "soft_q" else ("weak",)
+        for index, (weak, *clean) in self._batches(loader.epoch(2 * epoch + 1, views)):
+            with self.clock("infer"):
+                teacher_logits = self.aux.predict(clean[0]) if clean else None
             with self.clock("train"):
                 logits = self.main.forward(weak)
-                fit = (
-                    soft_cross_entropy(logits, q)
-                    if soft
-                    else F.cross_entropy(logits, self.state.resampled_label[index])
-                )
-                regulariser = confidence_regulariser(logits, self.config.delta)
-                self._step("main", self.main, fit + self.config.confidence * regulariser)
+                loss = self.state.loss(index, logits, teacher_logits, config.posterior, config.confidence, config.delta)
+                self._step("main", self.main, loss)
         self.state.update_gamma()
 
     def learners(self) -> dict[str, Learner]:

@@ -56,9 +56,25 @@ class EMState:
         """gamma = mean of w."""
         self.gamma = self.clean_prob.mean(dtype=torch.float64)
 
-    def posterior(self, index: Tensor, logits: Tensor, kind: str) -> Tensor:
-        """Step 2, q [B, C], for the samples `index` [B] with the auxiliary network's logits [B, C]."""
-        return ops.posterior(logits, self.labels[index], self.clean_prob[index], self.corruption, kind)
+    def loss(
+        self,
+        index: Tensor,
+        logits: Tensor,
+        teacher_logits: Tensor | None,
+        kind: str,
+        confidence: float = 0.0,
+        delta: float = 1e-4,
+    ) -> Tensor:
+        """Loss [] of logits [V * B, C], V views of the samples `index` [B], against step 2's posterior.
+
+        The posterior follows from the auxiliary network's teacher_logits [B, C] and is never stored; without them the
+        target is the resampled label.
+        """
+        if teacher_logits is None:
+            labels, clean_prob, corruption = self.resampled_label[index], None, None
+        else:
+            labels, clean_prob, corruption = self.labels[index], self.clean_prob[index], self.corruption
+        return ops.posterior_loss(logits, teacher_logits, labels, clean_prob, corruption, kind, confidence, delta)
 
     def merged_classes(self) -> list[tuple[int, int]]:
         """Pairs (gone, into): classes of which fewer than a tenth as many samples are resampled as were observed, and

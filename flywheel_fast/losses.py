@@ -1,22 +1,8 @@
-"""The losses of the two M-steps, per batch; logits of any floating type are computed in float32."""
+"""The auxiliary network's contrastive loss; the posterior's loss is an op (`ops.posterior_loss`)."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-
-def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """mean_i of -sum_y target_i(y) log softmax(logits_i)(y); both [B, C]."""
-    return -(target * logits.float().log_softmax(dim=1)).sum(dim=1).mean()
-
-
-def confidence_regulariser(logits: Tensor, delta: float) -> Tensor:
-    """mean_i of (1/C) sum_y log(g_i(y) + delta): minus a cross-entropy to uniform labels, floored by delta.
-
-    Kim et al., arXiv 2401.04390, Lemma 1: with weight 1 - gamma' the minimiser is the distribution of clean labels.
-    logits [B, C].
-    """
-    return (logits.float().softmax(dim=1) + delta).log().mean()
 
 
 def ntxent(first: Tensor, second: Tensor, temperature: float) -> Tensor:

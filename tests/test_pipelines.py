@@ -79,12 +79,13 @@ def test_the_clean_view_is_the_picture(tmp_path, kind):
     assert np.allclose(image[0].permute(1, 2, 0).numpy() * 64 + 127.5, exact, atol=1e-3)
 
 
-def test_weak_views_are_shifts_and_mirrors_of_the_picture(tmp_path):
+@pytest.mark.parametrize("kind", ["cached", "files"])
+def test_weak_views_are_shifts_and_mirrors_of_the_picture(tmp_path, kind):
     """On a picture whose pixels all differ, every weak view is found in the padded picture, and all shifts occur."""
     pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(np.stack([pixels] * 3, axis=2)).save(tmp_path / "a.png")
     manifest = Manifest(tmp_path, np.array(["a.png"] * 500), np.zeros(500, np.int64), ("a",))
-    padded = np.pad(pixels, 2)
+    padded = np.pad(pixels, 2, mode="reflect")
     windows = {}
     for y in range(5):
         for x in range(5):
@@ -92,7 +93,8 @@ def test_weak_views_are_shifts_and_mirrors_of_the_picture(tmp_path):
             windows[window.tobytes()] = (y, x, False)
             windows[window[:, ::-1].tobytes()] = (y, x, True)
     found = set()
-    for _, (weak,) in loader(manifest, views=ViewsConfig(image_size=16, pad=2), batch_size=100).epoch(0, ("weak",)):
+    views = ViewsConfig(image_size=16, pad=2)
+    for _, (weak,) in loader(manifest, kind, views=views, batch_size=100).epoch(0, ("weak",)):
         for image in (weak[:, 0] * 64 + 127.5).round().to(torch.uint8).numpy():
             found.add(windows[image.tobytes()])
     assert len(found) == 50

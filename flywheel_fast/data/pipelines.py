@@ -28,7 +28,7 @@ class ViewsConfig:
     image_size: int = 32
     """Height and width that the networks see, pixels."""
     crop: Literal["pad", "resized"] = "pad"
-    """Random crop of the weak view: a shift of the whole image over a black border, or a random part resized."""
+    """Random crop of the weak view: a shift of the whole image, mirrored at its borders; or a random part resized."""
     pad: int = 4
     """Greatest shift of crop=pad, pixels; 0: none."""
     area: float = 0.3
@@ -49,9 +49,9 @@ class ViewsConfig:
     def __post_init__(self):
         if self.image_size < 8:
             raise ValueError(f"views.image_size must be at least 8 pixels, not {self.image_size}")
-        if not 0 <= self.pad <= self.image_size or not 0 < self.area <= 1:
+        if not 0 <= self.pad < self.image_size or not 0 < self.area <= 1:
             raise ValueError(
-                f"views.pad must be in [0, image_size] and views.area in (0, 1], not {self.pad}, {self.area}"
+                f"views.pad must be in [0, image_size) and views.area in (0, 1], not {self.pad}, {self.area}"
             )
         if not 0 <= self.cutout <= 1 or not 0 <= self.jitter <= 1:
             raise ValueError(f"views.cutout and views.jitter must be in [0, 1], not {self.cutout}, {self.jitter}")
@@ -81,8 +81,8 @@ class Loader:
     ):
         self.manifest, self.views, self.batch_size, self.seed = manifest, views, batch_size, seed
         self.device, self.threads, self.rank, self.world = torch.device(device), threads, rank, world
-        self.cache: np.ndarray | None = None  # [N, H, W, 3] uint8
-        if views.crop == "pad" and 3 * views.image_size**2 * len(manifest) <= cache_gb * 1e9:
+        self.cache: np.ndarray | None = None  # [N, H + 2 pad, W + 2 pad, 3] uint8
+        if views.crop == "pad" and 3 * (views.image_size + 2 * views.pad) ** 2 * len(manifest) <= cache_gb * 1e9:
             self.cache = self._decode_all()
 
     def __len__(self) -> int:
@@ -111,9 +111,10 @@ class Loader:
             yield Batch(torch.from_numpy(piece).to(self.device), tuple(by_name[view] for view in views))
 
     def _normalise(self, images: np.ndarray) -> Tensor:
-        """[B, H, W, 3] uint8 -> [B, 3, H, W] float32 on the device."""
+        """[B, H + 2 pad, W + 2 pad, 3] uint8 -> the clean view [B, 3, H, W] float32 on the device."""
+        inner = slice(self.views.pad, self.views.pad + self.views.image_size)
         mean, std = (torch.tensor(values, device=self.device) for values in (self.views.mean, self.views.std))
-        return ((torch.from_numpy(images).to(self.device) - mean) / std).permute(0, 3, 1, 2)
+        return ((torch.from_numpy(images[:, inner, inner]).to(self.device) - mean) / std).permute(0, 3, 1, 2)
 
     def _run(self, pieces: list[np.ndarray], views: list[str], seed: int) -> Iterator[list[Tensor]]:
         """The views of each piece, each [B, 3, H, W]."""
@@ -154,10 +155,10 @@ class Loader:
                 raise BadInput(_broken(path, reason)) from error
 
     def _decode_all(self) -> np.ndarray:
-        """All images [N, H, W, 3] uint8: shorter side resized to image_size, centre cropped."""
+        """All images [N, H + 2 pad, W + 2 pad, 3] uint8, as `_padded` has them."""
         from rich.progress import track
 
-        size = self.views.image_size
+        size = self.views.image_size + 2 * self.views.pad
         cache = np.empty((len(self.manifest), size, size, 3), np.uint8)
         pieces = np.split(np.arange(len(cache)), range(SWEEP_BATCH, len(cache), SWEEP_BATCH))
 
@@ -229,20 +230,32 @@ def _make(loader: Loader, batch_size: int, read, graph, seed: int):
     return built
 
 
-def _decode(loader: Loader, encoded, size: int):
+def _decode(loader: Loader, encoded):
     from nvidia.dali import fn
 
-    images = fn.decoders.image(encoded, device="mixed" if loader.device.type == "cuda" else "cpu", hw_decoder_load=0.0)
-    return fn.resize(images, resize_shorter=size) if size else images
+    return fn.decoders.image(encoded, device="mixed" if loader.device.type == "cuda" else "cpu", hw_decoder_load=0.0)
+
+
+def _padded(images, config: ViewsConfig):
+    """Shorter side resized to image_size, centre cropped, and mirrored at the borders by `pad` pixels.
+
+    Mirrored, not black: E-steps see the clean view, and networks that learnt from black borders misjudge it
+    (docs/method.md has the figures).
+    """
+    from nvidia.dali import fn
+
+    size, pad = config.image_size, config.pad
+    images = fn.crop(fn.resize(images, resize_shorter=size), crop=[size, size])
+    for axis, flip in ((0, {"horizontal": 0, "vertical": 1}), (1, {"horizontal": 1, "vertical": 0})):
+        if pad:
+            before = fn.flip(fn.slice(images, start=[1], shape=[pad], axes=[axis]), **flip)
+            after = fn.flip(fn.slice(images, start=[size - pad - 1], shape=[pad], axes=[axis]), **flip)
+            images = fn.cat(before, images, after, axis=axis)
+    return images
 
 
 def _decode_pipeline(loader: Loader, batch_size: int, read):
-    from nvidia.dali import fn
-
-    size = loader.views.image_size
-    return _make(
-        loader, batch_size, read, lambda encoded: fn.crop(_decode(loader, encoded, size), crop=[size, size]), seed=0
-    )
+    return _make(loader, batch_size, read, lambda encoded: _padded(_decode(loader, encoded), loader.views), seed=0)
 
 
 def _views_pipeline(loader: Loader, batch_size: int, read, views: list[str], seed: int):
@@ -262,19 +275,17 @@ def _views_pipeline(loader: Loader, batch_size: int, read, views: list[str], see
         )
 
     def clean(images):
-        shorter = size if config.crop == "pad" else round(size / WHOLE_CROP)
-        return normalise(fn.resize(images, resize_shorter=shorter))
+        if config.crop == "resized":
+            images = fn.resize(images, resize_shorter=round(size / WHOLE_CROP))
+        return normalise(images)
 
     def cropped(images):
         if config.crop == "resized":
             return fn.random_resized_crop(images, size=[size, size], random_area=[config.area, 1.0])
-        if loader.cache is None:
-            images = fn.crop(fn.resize(images, resize_shorter=size), crop=[size, size])
         if not config.pad:
             return images
-        shift = fn.random.uniform(range=[-config.pad - 0.5, config.pad + 0.5], shape=[2])
-        shift = fn.cast(shift, dtype=types.INT32)  # rounds to the nearest
-        return fn.slice(images, start=shift, shape=[size, size], axes=[0, 1], out_of_bounds_policy="pad")
+        shift = fn.cast(fn.random.uniform(range=[-0.5, 2 * config.pad + 0.5], shape=[2]), dtype=types.INT32)  # rounds
+        return fn.slice(images, start=shift, shape=[size, size], axes=[0, 1])
 
     def flip():
         return fn.random.coin_flip() if config.flip else 0
@@ -303,10 +314,11 @@ def _views_pipeline(loader: Loader, batch_size: int, read, views: list[str], see
     cut = {"clean": clean, "weak": weak, "strong": strong, "strong2": strong}
 
     def graph(source):
-        if loader.cache is None:
-            images = _decode(loader, source, 0)
-        else:
+        if loader.cache is not None:
             images = source.gpu() if loader.device.type == "cuda" else source
+        else:
+            images = _decode(loader, source)
+            images = _padded(images, config) if config.crop == "pad" else images
         return tuple(cut[view](images) for view in views)
 
     return _make(loader, batch_size, read, graph, seed)
