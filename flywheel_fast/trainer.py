@@ -27,7 +27,8 @@ COLUMNS = (
     *("classes_alive", "selection_ap", "posterior_acc", "loss_main", "loss_aux", "lr"),
     *(f"sec_{phase}" for phase in PHASES),
 )
-MAY_CHANGE = {"name", "eval_every", "optim.epochs", "data.threads", "data.cache_gb"}  # between a run and its resumption
+# Between a run and its resumption; moved data are recognised by their files and labels.
+MAY_CHANGE = {"name", "eval_every", "optim.epochs", "data.root", "data.noise.file", "data.threads", "data.cache_gb"}
 
 
 @dataclass(frozen=True)
