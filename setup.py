@@ -15,6 +15,7 @@ from setuptools import setup
 
 SINCE_TORCH_2_11 = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 ROOT = Path(__file__).parent
+ARCHS = ("8.0", "9.0", "10.0")  # where there is no GPU to ask; later ones run the last one's PTX
 
 
 def say(text: str) -> None:
@@ -36,8 +37,8 @@ def extension():
     wanted = os.environ.get("FLYWHEEL_BUILD", "auto")
     if wanted not in ("auto", "cuda", "cpu"):
         sys.exit(f"FLYWHEEL_BUILD must be auto, cuda or cpu, not {wanted!r}")
-    compiler = os.environ.get("CXX", "c++")
-    if not (shutil.which(compiler.split()[0]) or shutil.which("g++")):
+    compiler = os.environ.setdefault("CXX", "c++" if shutil.which("c++") else "g++")
+    if not shutil.which(compiler.split()[0]):
         say(f"no C++ compiler ({compiler}): installing without native ops; everything runs on the PyTorch reference")
         return {}
     home = cuda_home() if wanted != "cpu" else None
@@ -48,16 +49,15 @@ def extension():
     import torch
     from torch.utils import cpp_extension
 
-    with_cuda = wanted == "cuda" or (wanted == "auto" and torch.version.cuda is not None and home is not None)
-    if wanted == "cuda" and (home is None or torch.version.cuda is None):
-        sys.exit("FLYWHEEL_BUILD=cuda: needs a torch with CUDA and a toolkit (set CUDA_HOME to its folder)")
-    if wanted == "auto" and not with_cuda and torch.version.cuda:
-        say("no CUDA toolkit found: building the CPU ops only (set CUDA_HOME to the toolkit's folder for the others)")
+    why_not_cuda = "FLYWHEEL_BUILD=cpu" if wanted == "cpu" else cuda_obstacle(home, torch.version.cuda)
+    with_cuda = not why_not_cuda
+    if wanted == "cuda" and why_not_cuda:
+        sys.exit(f"FLYWHEEL_BUILD=cuda: {why_not_cuda}")
+    if wanted == "auto" and why_not_cuda and torch.version.cuda:
+        say(f"building the CPU ops only: {why_not_cuda}")
     if with_cuda and "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
-        known = [arch.removeprefix("sm_") for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
-        known = known or ["80", "90", "100"]
-        archs = [f"{a[:-1]}.{a[-1]}" for a in known if a in toolkit_archs(home)]
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join([*archs[:-1], f"{archs[-1]}+PTX"])
+        known = [arch for arch in ARCHS if arch.replace(".", "") in toolkit_archs(home)]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join([*known[:-1], f"{known[-1]}+PTX"])
 
     folders = ("", "cpu", "cuda") if with_cuda else ("", "cpu")
     sources = [
@@ -83,6 +83,19 @@ def extension():
         "ext_modules": [module],
         "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
     }
+
+
+def cuda_obstacle(home: str | None, torch_cuda: str | None) -> str:
+    """Why the CUDA ops cannot be built; empty where they can."""
+    if torch_cuda is None:
+        return "this torch has no CUDA"
+    if home is None:
+        return "no CUDA toolkit found (set CUDA_HOME to its folder)"
+    ran = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"release (\d+)\.", ran.stdout)
+    if not found or found[1] != torch_cuda.split(".")[0]:
+        return f"the toolkit in {home} is CUDA {found[1] if found else '?'}, torch is built with CUDA {torch_cuda}"
+    return ""
 
 
 def toolkit_archs(home: str) -> set[str]:
