@@ -1,5 +1,6 @@
 // The one header of a kernel file. Under nvcc it is CUDA; otherwise the tests' emulation of it on the CPU.
-// Kernel files hold no torch, declare shared memory by FLYWHEEL_SHARED, and launch through flywheel::launch.
+// Kernel files hold no torch, declare shared memory by FLYWHEEL_DYNAMIC_SHARED, launch through flywheel::launch, and
+// reach global memory through load and store only: the emulation counts there.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,7 +12,6 @@
 
 #include <stdexcept>
 
-#define FLYWHEEL_SHARED(T, name, size) __shared__ T name[size]
 #define FLYWHEEL_DYNAMIC_SHARED(T, name)                               \
   extern __shared__ __align__(16) unsigned char flywheel_dynamic_[]; \
   T* name = reinterpret_cast<T*>(flywheel_dynamic_)
@@ -26,6 +26,16 @@ void launch(void (*kernel)(P...), unsigned blocks, unsigned threads, size_t shar
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
+
+template <class T>
+__device__ __forceinline__ T load(const T* p) { return *p; }
+// The same address in every lane of a warp.
+template <class T>
+__device__ __forceinline__ T load_same(const T* p) { return *p; }
+template <class T>
+__device__ __forceinline__ void store(T* p, T v) { *p = v; }
+__device__ __forceinline__ float exp_of(float x) { return __expf(x); }
+__device__ __forceinline__ float log_of(float x) { return __logf(x); }
 }  // namespace flywheel
 #else
 #include "emulation.h"
@@ -38,6 +48,9 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ void put(float* p, float x) { store(p, x); }
+__device__ __forceinline__ void put(__nv_bfloat16* p, float x) { store(p, __float2bfloat16(x)); }
+__device__ __forceinline__ void put(__half* p, float x) { store(p, __float2half(x)); }
 
 __device__ __forceinline__ float warp_max(float v) {
   for (int step = kWarp / 2; step > 0; step /= 2) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, step));
@@ -47,5 +60,21 @@ template <class T>
 __device__ __forceinline__ T warp_sum(T v) {
   for (int step = kWarp / 2; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
   return v;
+}
+
+// A value and the class it belongs to; the greater one wins, the lower class among equals.
+struct Best {
+  float value = -1.f;
+  int label = 0;
+};
+__device__ __forceinline__ Best better(Best a, Best b) {
+  return b.value > a.value || (b.value == a.value && b.label < a.label) ? b : a;
+}
+__device__ __forceinline__ Best warp_best(Best mine) {
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    const Best other = {__shfl_xor_sync(kAllLanes, mine.value, step), __shfl_xor_sync(kAllLanes, mine.label, step)};
+    mine = better(mine, other);
+  }
+  return mine;
 }
 }  // namespace flywheel

@@ -1,0 +1,125 @@
+"""The CUDA kernels, executed on the CPU under emulation: against the oracle, under sanitizers, counted, and compiled.
+
+FLYWHEEL_REQUIRE_CUDA=1 turns what would be skipped into failures. FLYWHEEL_ALL_FAULTS=1 plants every fault of its kind,
+instead of one for each barrier and a few bounds.
+"""
+
+import csv
+import io
+import os
+import re
+import shutil
+
+import pytest
+from cuda_on_cpu import harness
+
+REQUIRED = os.environ.get("FLYWHEEL_REQUIRE_CUDA") == "1"
+RESULTS = harness.ROOT / "benchmarks" / "results"
+
+if not (shutil.which("g++") and harness.cuda_headers()) and not REQUIRED:
+    pytest.skip("no g++, or no CUDA headers (of a toolkit, or of torch's CUDA packages)", allow_module_level=True)
+
+
+def passes(ran) -> bool:
+    return ran.returncode == 0 and re.search(r"^\d+ passed, 0 failed$", ran.stdout, re.MULTILINE) is not None
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "7"])
+def test_kernels_are_the_oracle(order):
+    ran = harness.drive(harness.build(), "all", order)
+    assert passes(ran), ran.stdout[-3000:] + ran.stderr[-3000:]
+
+
+def test_kernels_touch_no_memory_but_theirs():
+    ran = harness.drive(harness.build("address"), "all", "3")
+    assert passes(ran), ran.stdout[-3000:] + ran.stderr[-3000:]
+
+
+@pytest.mark.parametrize("order", ["forward", "5"])
+def test_kernels_have_no_race(order):
+    ran = harness.drive(harness.build("thread"), "few", order)
+    assert passes(ran), ran.stdout[-3000:] + ran.stderr[-3000:]
+
+
+def barriers():
+    for name in ("em_step.cu", "posterior_loss.cu", "team.cuh"):
+        for which in range((harness.KERNELS / name).read_text().count("__syncthreads();")):
+            yield name, "__syncthreads();", "", which
+
+
+BOUNDS = ["< rows", "< c", "< end", "< total", "< head", "< body", "< a.n", "< width", "< copies", "< ranges.teams"]
+
+
+def bounds():
+    for name in ("em_step.cu", "posterior_loss.cu"):
+        text = (harness.KERNELS / name).read_text()
+        for old in BOUNDS:
+            for which in range(text.count(f"{old};") + text.count(f"{old})") + text.count(f"{old} ")):
+                yield name, old, old.replace("<", "<="), which
+
+
+KINDS = [  # at least one of each kind: (sanitizer that sees it, fault)
+    ("plain", ("em_step.cu", "m.r * p", "m.q * p", 0)),  # a wrong formula
+    ("plain", ("team.cuh", "a.value + b.value", "a.value", 0)),  # a reduction that leaves warps out
+    (
+        "plain",
+        (
+            "em_step.cu",
+            "const int64_t from = load_same(a.starts + label)",
+            "const int64_t from = 1 + load_same(a.starts + label)",
+            0,
+        ),
+    ),
+    ("plain", ("simt.cuh", "int step = kWarp / 2; step > 0", "int step = kWarp / 2; step > 1", 0)),  # half a shuffle
+    ("plain", ("em_step.cu", "if (!partial) return;", "if (threadIdx.x >= 64) return;", 0)),  # a divergent barrier
+    ("plain", ("simt.cuh", "kAllLanes = 0xffffffffu", "kAllLanes = 0x0000ffffu", 0)),  # lanes out of their mask
+    ("plain", ("em_step.cu", "stat_r[k] = 0;", "", 0)),  # shared memory before it is written
+    (
+        "address",
+        (
+            "em_step.cu",
+            "const int body = (total - head) / kVector * kVector",
+            "const int body = (total - head + kVector - 1) / kVector * kVector",
+            0,
+        ),
+    ),
+    ("address", ("em_step.cu", "k % c] = to_float(load(x + k))", "k % c] = to_float(load(x + k + 1))", 1)),
+    (
+        "address",
+        ("em_step.cu", "16 - reinterpret_cast<uintptr_t>(x) % 16", "16 + 0 * reinterpret_cast<uintptr_t>(x) % 16", 0),
+    ),  # misaligned
+    (
+        "thread",
+        ("em_step.cu", "copy = int(threadIdx.x) / c", "copy = int(threadIdx.x) / c / 2 * 2", 0),
+    ),  # two threads, one sum
+    (
+        "thread",
+        ("em_step.cu", "partial + int64_t(blockIdx.x) * (sums", "partial + 0 * (sums", 0),
+    ),  # two blocks, one number
+]
+ALL = os.environ.get("FLYWHEEL_ALL_FAULTS") == "1"
+FAULTS = (
+    KINDS + [("thread", fault) for fault in barriers()] + [("address", fault) for fault in (bounds() if ALL else ())]
+)
+
+
+@pytest.mark.parametrize(("sanitizer", "fault"), FAULTS, ids=str)
+def test_a_planted_fault_is_caught(sanitizer, fault):
+    ran = harness.drive(harness.build(sanitizer, fault), "few" if sanitizer != "address" else "faults")
+    assert not passes(ran), f"{fault} went unseen"
+
+
+def test_bytes_exps_and_widths_are_those_of_the_committed_table():
+    found = harness.counts()
+    assert found == (RESULTS / "cuda_counts.csv").read_text(), "python tests/cuda_on_cpu/harness.py counts"
+    for row in csv.DictReader(io.StringIO(found)):
+        assert float(row["exps_an_element"]) == 1
+        if row["op"] == "main_estep" and row["dtype"] == "float32":
+            assert float(row["bytes_over_floor"]) <= 1.05
+
+
+@pytest.mark.skipif(not (harness.nvcc() or REQUIRED), reason="no nvcc")
+def test_no_kernel_spills():
+    rows = list(csv.DictReader(io.StringIO(harness.ptxas())))
+    assert {row["architecture"] for row in rows} == {f"sm_{a}" for a in harness.ARCHITECTURES}
+    assert not [row for row in rows if int(row["spill_bytes"]) or int(row["stack_bytes"])]
