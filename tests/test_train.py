@@ -22,7 +22,7 @@ SHORT = ["optim.epochs=3", "cycle.warmup=1", "data.train_size=200", "data.test_s
 
 def flywheel(*words, cwd, timeout=300, **environment):
     command = [sys.executable, "-m", "flywheel_fast", *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "2", "COLUMNS": "200"} | environment
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment
     return subprocess.run(command, cwd=cwd, timeout=timeout, capture_output=True, text=True, env=environment)
 
 
@@ -38,18 +38,12 @@ def refused(result, status, *said):
     assert last.startswith("flywheel-fast: ") and all(str(part) in last for part in said), last
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """README's first command."""
-    assert "flywheel-fast train   " in README
-    folder = tmp_path_factory.mktemp("digits")
-    result = flywheel("train", cwd=folder)
+def test_digits_are_learnt_and_the_wrong_labels_found(tmp_path):
+    """README's first command, and what docs/run_folder.md says it leaves behind."""
+    assert "&& flywheel-fast train   " in README
+    result = flywheel("train", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    return folder / "runs" / "digits", result.stdout
-
-
-def test_digits_are_learnt_and_the_wrong_labels_found(digits):
-    run, said = digits
+    run, said = tmp_path / "runs" / "digits", result.stdout
     last = {key: float(value) for key, value in rows(run)[-1].items() if value}
     assert last["test_acc_aux"] >= 0.975 and last["test_acc_main"] >= 0.97
     assert last["selection_auroc"] >= 0.99 and last["classes_alive"] == 10
@@ -57,9 +51,6 @@ def test_digits_are_learnt_and_the_wrong_labels_found(digits):
     assert last["refurbish_acc"] > 0.97 and last["posterior_acc"] > 0.97
     assert "test accuracy, last epoch" in said and "issues.csv" in said and "COLLAPSED" not in said
 
-
-def test_the_run_folder_holds_what_docs_say(digits):
-    run, _ = digits
     docs = (ROOT / "docs/run_folder.md").read_text()
     files, columns = docs.split("## metrics.csv")
     for name in re.findall(r"^\| `([^`]+)` \|", files, re.M):
@@ -82,7 +73,7 @@ def test_the_run_folder_holds_what_docs_say(digits):
         assert json.loads(weights.metadata()["classes"]) == list("0123456789")
 
 
-def test_cross_entropy_is_worse_and_fills_its_columns_only(digits, tmp_path):
+def test_cross_entropy_is_worse_and_fills_its_columns_only(tmp_path):
     result = flywheel("train", "cycle.kind=cross_entropy", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     last = rows(tmp_path / "runs/digits")[-1]
@@ -117,7 +108,7 @@ def test_a_run_killed_in_the_middle_of_a_cycle_ends_with_the_same_bytes(tmp_path
     words = ["train", "optim.epochs=8", "cycle.warmup=2", "--out", "killed", "--resume", "auto"]
     assert flywheel(*words[:3], "--out", "whole", cwd=tmp_path).returncode == 0
     command = [sys.executable, "-m", "flywheel_fast", *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for wanted in (3, 5):  # killed twice, a little after an epoch has ended: in the middle of the next
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
         while not ((tmp_path / "killed/metrics.csv").exists() and len(rows(tmp_path / "killed")) >= wanted):
@@ -148,19 +139,24 @@ def test_more_epochs_on_a_finished_run_and_a_changed_config_refused(tmp_path):
 
 
 def test_ctrl_c_ends_with_a_resumable_run_and_130(tmp_path):
-    command = [sys.executable, "-m", "flywheel_fast", "train", "--out", "a"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    words = ["train", "optim.epochs=12", "cycle.warmup=1", "data.train_size=400", "--out", "a"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flywheel_fast", *words],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     while not (tmp_path / "a/metrics.csv").exists():
         assert process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume a`" in error and "Traceback" not in error
-    done = len(rows(tmp_path / "a"))
-    result = flywheel(
-        "train", "--out", "a", "--resume", "auto", f"optim.epochs={done + 1}", "cycle.warmup=6", cwd=tmp_path
-    )
-    assert result.returncode == (0 if done + 1 >= 6 else 2), result.stderr
+    assert process.returncode == 130 and "train --resume a`" in error and "Traceback" not in error
+    assert len(rows(tmp_path / "a")) < 12
+    assert flywheel("train", "--resume", "a", cwd=tmp_path).returncode == 0
+    assert len(rows(tmp_path / "a")) == 12
 
 
 def test_folders_are_numbered_kept_and_replaced_only_when_told(tmp_path):
@@ -221,12 +217,12 @@ def cifar(outside_data, tmp_path_factory):
 
 def test_human_labels_on_pictures_by_option(cifar, outside_data, tmp_path):
     noise = ["data.noise.kind=file", f"data.noise.file={outside_data / 'cifar10n.npz'}", "data.noise.key=worse_label"]
-    short = ["data.train_size=1000", "data.test_size=200", "optim.epochs=10", "cycle.warmup=4"]
+    short = ["data.train_size=2000", "data.test_size=200", "optim.epochs=10", "cycle.warmup=5"]
     result = flywheel("train", "cifar10_small", f"data.root={cifar}", *noise, *short, "--out", "a", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     last = {key: float(value) for key, value in rows(tmp_path / "a")[-1].items() if value}
     assert 0.55 < last["true_clean"] < 0.65  # 40 % of the human labels are wrong
-    assert last["selection_auroc"] > 0.65 and last["test_acc_aux"] > 0.25
+    assert last["selection_auroc"] > 0.62 and last["test_acc_aux"] > 0.3
     seconds = {key: sum(float(row[key] or 0) for row in rows(tmp_path / "a")) for key in last if key.startswith("sec_")}
     assert seconds["sec_em"] < 0.02 * sum(seconds.values())
 
