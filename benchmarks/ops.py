@@ -1,123 +1,138 @@
-"""Each native op against eager PyTorch, torch.compile and what a memory copy of the same bytes takes.
+"""Times every op against eager PyTorch, torch.compile, and a copy of as many bytes; appends rows and prints the table.
 
-    python -m benchmarks.ops [--quick] [--threads 2] [--save]
+    python -m benchmarks.ops [--quick] [--device cuda] [--append benchmarks/results/ops.csv]
 
-All contenders run in one process, interleaved, on buffers that rotate through more than the last-level cache. `--save`
-appends the rows to benchmarks/results/ops.csv.
+The four candidates take turns in one process, so that a busy machine slows them alike; ratios are of medians.
 """
 
 import argparse
 import csv
-import datetime
-import itertools
-import statistics
+import os
+import subprocess
 import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
-from flywheel_fast import env, ops, reference
+from flywheel_fast import ops, reference
 
-RESULTS = Path(__file__).parent / "results" / "ops.csv"
+FIELDS = "op classes rows dtype device threads candidate median_us p20_us p80_us of_copy versions commit".split()
 CLASSES = (10, 14, 50, 100, 200, 1000)
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BYTES = 96 << 20  # of logits in rotation: more than a last-level cache
-COLUMNS = "date,op,n,c,dtype,device,threads,contender,median_us,p20_us,p80_us,torch,processor,commit".split(",")
+LARGE = 48 << 20  # bytes of one network's logits: more than a last-level cache holds
+# passes over logits, and bytes of everything else of a sample, in and out
+BYTES = {"main_estep": (1, 16), "aux_estep": (1, 36), "em_step": (2, 40)}
 
 
-def inputs(n: int, c: int, dtype: torch.dtype, device: str) -> list[tuple[torch.Tensor, ...]]:
-    """Arguments of main_estep, as many different ones as fill BYTES."""
-    copies = max(2, BYTES // (n * c * dtype.itemsize))
+def operands(op: str, n: int, c: int, dtype: torch.dtype, device: str) -> tuple:
+    """Normal logits, never zeros, and the rest as the ops want it."""
     generator = torch.Generator().manual_seed(0)
-    result = []
-    for _ in range(copies):
-        logits = (3 * torch.randn(n, c, generator=generator)).to(dtype)
-        labels = torch.randint(c, (n,), generator=generator)
-        gamma, eps = torch.tensor(0.6, dtype=torch.float64), torch.rand(n, generator=generator)
-        result.append(tuple(t.to(device) for t in (logits, labels, gamma, eps)))
-    return result
-
-
-def contenders(c: int, dtype: torch.dtype) -> dict[str, callable]:
-    target = torch.empty(0, dtype=dtype)
-
-    def copy(logits, labels, gamma, eps):
-        nonlocal target
-        if target.shape != logits.shape or target.device != logits.device:
-            target = torch.empty_like(logits)
-        target.copy_(logits)
-
+    main, aux = ((3 * torch.randn(n, c, generator=generator)).to(device, dtype) for _ in range(2))
+    labels = torch.randint(c, (n,), generator=generator).to(device)
+    gamma = torch.tensor(0.6, dtype=torch.float64, device=device)
+    per_sample = torch.rand(n, generator=generator).to(device)
+    corruption = (1 - torch.eye(c, device=device)) / max(c - 1, 1)
+    align = torch.ones(c, device=device)
     return {
-        "native": ops.main_estep,
-        "eager": reference.main_estep,
-        "compile": torch.compile(reference.main_estep, dynamic=False),
-        "copy": copy,  # reads and writes the logits: twice the traffic of an op that only reads them
-    }
+        "main_estep": (main, labels, gamma, per_sample),
+        "aux_estep": (aux, labels, per_sample, corruption, align, "mixture"),
+        "em_step": (main, aux, labels, gamma, per_sample, corruption, align, "mixture"),
+        "posterior_loss": (main.requires_grad_(), aux, labels, per_sample, corruption, "mixture", 0.1),
+    }[op]
 
 
-def measure(n: int, c: int, dtype: torch.dtype, device: str, repeats: int) -> dict[str, list[float]]:
-    """Microseconds of each contender, interleaved."""
-    torch._dynamo.reset()
-    arguments, running = inputs(n, c, dtype, device), contenders(c, dtype)
-    seconds: dict[str, list[float]] = {name: [] for name in running}
-    rotation = itertools.cycle(arguments)
-    for repeat in range(repeats + 2):
-        for name, run in running.items():
-            given = next(rotation)
-            start = time.perf_counter()
-            run(*given)
+def candidates(op: str, arguments: tuple, compiled: bool) -> dict:
+    """Name -> function without arguments; posterior_loss with its gradient."""
+
+    def call(function):
+        if op != "posterior_loss":
+            return lambda: function(*arguments)
+        return lambda: torch.autograd.grad(function(*arguments), arguments[0])
+
+    found = {"native": call(getattr(ops, op)), "eager": call(getattr(reference, op))}
+    if compiled:
+        torch._dynamo.reset()
+        found["compile"] = call(torch.compile(getattr(reference, op), dynamic=False))
+    if op in BYTES:
+        passes, per_row = BYTES[op]
+        logits = arguments[0]
+        moved = logits.numel() * logits.element_size() * passes + logits.shape[0] * per_row
+        source = torch.randint(255, (moved // 2,), dtype=torch.uint8, device=logits.device)
+        target = torch.empty_like(source)
+        found["copy"] = lambda: target.copy_(source)
+    return found
+
+
+def measure(functions: dict, device: str, seconds: float) -> dict[str, list[float]]:
+    """Sorted microseconds of each candidate; they take turns."""
+    times = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    end, turns = time.perf_counter() + seconds, 0
+    while turns < 5 or time.perf_counter() < end:
+        for name, function in functions.items():
             if device == "cuda":
                 torch.cuda.synchronize()
-            if repeat >= 2:
-                seconds[name].append(1e6 * (time.perf_counter() - start))
-    return seconds
+            start = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(1e6 * (time.perf_counter() - start))
+        turns += 1
+    return {name: sorted(t) for name, t in times.items()}
+
+
+def cells(quick: bool):
+    """(op, C, N, dtype, whether to compile the reference)"""
+    if quick:
+        for c in (10, 100, 1000):
+            yield "em_step", c, LARGE // (4 * c), torch.float32, c == 10
+        yield "em_step", 10, 1000, torch.float32, False
+        yield "posterior_loss", 10, 500, torch.float32, False
+        return
+    for dtype in (torch.float32, torch.bfloat16):
+        for c in CLASSES:
+            n = LARGE // (dtype.itemsize * c)
+            yield from ((op, c, n, dtype, op == "em_step") for op in BYTES)
+            yield from (("em_step", c, small, dtype, False) for small in (1, 1000))
+            yield "posterior_loss", c, 500, dtype, True
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three sizes, fewer repeats")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--save", action="store_true", help=f"append to {RESULTS.relative_to(RESULTS.parents[2])}")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    found = env.describe()
-    common = {
-        "date": datetime.date.today().isoformat(),
-        "op": "main_estep",
-        "device": args.device,
-        "threads": args.threads,
-        "torch": found["torch"],
-        "processor": found["processor"],
-        "commit": found["flywheel-fast"],
-    }
-    table = Table("op", "N x C", "dtype", "native us", "eager / native", "compile / native", "copy / native", box=None)
-    rows = []
-    cells = list(itertools.product((10, 100, 1000) if args.quick else CLASSES, TYPES))
-    for c, dtype in track(cells, "measuring", transient=True):
-        sizes = [(4 << 20) // c] if args.quick else [1, 1000, (4 << 20) // c]
-        for n in sizes:
-            seconds = measure(n, c, TYPES[dtype], args.device, repeats=9 if args.quick else 31)
-            median = {name: statistics.median(values) for name, values in seconds.items()}
-            for name, values in seconds.items():
-                p20, *_, p80 = statistics.quantiles(values, n=5)
-                times = dict(median_us=round(median[name], 2), p20_us=round(p20, 2), p80_us=round(p80, 2))
-                rows.append(common | dict(n=n, c=c, dtype=dtype, contender=name) | times)
-            ratios = [f"{median[name] / median['native']:.2f}" for name in ("eager", "compile", "copy")]
-            table.add_row("main_estep", f"{n} x {c}", dtype, f"{median['native']:,.1f}", *ratios)
-    Console().print(table)
-    if args.save:
-        RESULTS.parent.mkdir(exist_ok=True)
-        new = not RESULTS.exists()
-        with open(RESULTS, "a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few cells, within a minute")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--append", type=Path, help="CSV file that the rows are added to")
+    chosen = parser.parse_args()
+    if why_not := ops.why_not_native(chosen.device):
+        parser.error(f"native ops {why_not}")
+    versions = f"torch {torch.__version__}; {torch.cuda.get_device_name() if chosen.device == 'cuda' else 'CPU'}"
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    print(f"{'op':<15}{'C':>5}{'N':>9} {'dtype':<9}{'native us':>11}{'x eager':>9}{'x compile':>10}{'of copy':>9}")
+    for op, c, n, dtype, compiled in cells(chosen.quick):
+        functions = candidates(op, operands(op, n, c, dtype, chosen.device), compiled)
+        times = measure(functions, chosen.device, 0.6 if chosen.quick else 2.0)
+        median = {name: t[len(t) // 2] for name, t in times.items()}
+        others = ("eager", "compile", "copy")
+        ratios = [f"{median[other] / median['native']:.2f}" if other in median else "-" for other in others]
+        name = str(dtype).removeprefix("torch.")
+        cells_ = (f"{ratio:>{width}}" for ratio, width in zip(ratios, (9, 10, 9), strict=True))
+        print(f"{op:<15}{c:>5}{n:>9} {name:<9}{median['native']:>11.1f}", *cells_, sep="", flush=True)
+        if chosen.append:
+            where = (op, c, n, name, chosen.device, torch.get_num_threads())
+            rows = []
+            for candidate, t in times.items():
+                quantiles = [f"{t[int(len(t) * q)]:.2f}" for q in (0.5, 0.2, 0.8)]
+                of_copy = f"{median['copy'] / median[candidate]:.3f}" if "copy" in median else ""
+                rows.append((*where, candidate, *quantiles, of_copy, versions, commit.stdout.strip()))
+            append(chosen.append, rows)
+
+
+def append(path: Path, rows: list[tuple]) -> None:
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        csv.writer(file).writerows([FIELDS] * new + rows)
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
     main()

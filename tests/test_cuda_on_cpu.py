@@ -105,7 +105,7 @@ FAULTS = (
 
 @pytest.mark.parametrize(("sanitizer", "fault"), FAULTS, ids=str)
 def test_a_planted_fault_is_caught(sanitizer, fault):
-    ran = harness.drive(harness.build(sanitizer, fault), "few" if sanitizer != "address" else "faults")
+    ran = harness.drive(harness.build(sanitizer, fault), "few" if sanitizer != "address" else "edges")
     assert not passes(ran), f"{fault} went unseen"
 
 
