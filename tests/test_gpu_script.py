@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh on a machine without a GPU: its steps run, a failure is told, and what is done is not done again."""
+"""benchmarks/gpu.sh without a GPU: its steps run, a failure is told, and what is done is not done again."""
 
 import os
 import subprocess
