@@ -1,7 +1,7 @@
 """The CUDA kernels, executed on the CPU under emulation: against the oracle, under sanitizers, counted, and compiled.
 
-FLYWHEEL_REQUIRE_CUDA=1 turns what would be skipped into failures. FLYWHEEL_ALL_FAULTS=1 plants every fault of its kind,
-instead of one for each barrier and a few bounds.
+FLYWHEEL_REQUIRE_CUDA=1 turns what would be skipped into failures. FLYWHEEL_ALL_FAULTS=1 plants every fault: of each
+kind, each barrier left out, each bound one too far; by default one for each sanitizer and one barrier.
 """
 
 import csv
@@ -24,7 +24,7 @@ def passes(ran) -> bool:
     return ran.returncode == 0 and re.search(r"^\d+ passed, 0 failed$", ran.stdout, re.MULTILINE) is not None
 
 
-@pytest.mark.parametrize("order", ["forward", "reverse", "7"])
+@pytest.mark.parametrize("order", ["reverse", "7"])
 def test_kernels_are_the_oracle(order):
     ran = harness.drive(harness.build(), "all", order)
     assert passes(ran), ran.stdout[-3000:] + ran.stderr[-3000:]
@@ -35,7 +35,7 @@ def test_kernels_touch_no_memory_but_theirs():
     assert passes(ran), ran.stdout[-3000:] + ran.stderr[-3000:]
 
 
-@pytest.mark.parametrize("order", ["forward", "5"])
+@pytest.mark.parametrize("order", ["forward"])
 def test_kernels_have_no_race(order):
     ran = harness.drive(harness.build("thread"), "few", order)
     assert passes(ran), ran.stdout[-3000:] + ran.stderr[-3000:]
@@ -98,9 +98,10 @@ KINDS = [  # at least one of each kind: (sanitizer that sees it, fault)
     ),  # two blocks, one number
 ]
 ALL = os.environ.get("FLYWHEEL_ALL_FAULTS") == "1"
-FAULTS = (
-    KINDS + [("thread", fault) for fault in barriers()] + [("address", fault) for fault in (bounds() if ALL else ())]
-)
+FAULTS = KINDS + [("thread", fault) for fault in barriers()] + [("address", fault) for fault in bounds()]
+if not ALL:  # each is a build of its own: the first of each sanitizer's, and the first barrier
+    FAULTS = [next(fault for fault in KINDS if fault[0] == name) for name in ("plain", "address", "thread")]
+    FAULTS.append(("thread", next(barriers())))
 
 
 @pytest.mark.parametrize(("sanitizer", "fault"), FAULTS, ids=str)
