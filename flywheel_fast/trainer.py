@@ -232,7 +232,7 @@ class Trainer:
     def _close(self) -> None:
         """Network, labels, plots, and the table of what a user wants to know."""
         inference = self.cycle.inference()
-        meta = {"classes": json.dumps(self.train_set.classes), "config": self.config_text}
+        meta = {"flywheel_fast": json.dumps({"classes": self.train_set.classes, "config": self.config_text})}
         weights = {key: value.contiguous() for key, value in inference.ema.module.state_dict().items()}
         checkpoint.write_atomic(self.out / "weights" / "model.safetensors", to_safetensors(weights, meta))
         labels = self._labels() if self.cycle.aux else None

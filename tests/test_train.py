@@ -70,7 +70,7 @@ def test_digits_are_learnt_and_the_wrong_labels_found(tmp_path):
     from safetensors import safe_open
 
     with safe_open(run / "weights/model.safetensors", "pt") as weights:
-        assert json.loads(weights.metadata()["classes"]) == list("0123456789")
+        assert json.loads(weights.metadata()["flywheel_fast"])["classes"] == list("0123456789")
 
 
 def test_cross_entropy_is_worse_and_fills_its_columns_only(tmp_path):
@@ -147,6 +147,7 @@ def test_ctrl_c_ends_with_a_resumable_run_and_130(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background starts deaf to it
     )
     while not (tmp_path / "a/metrics.csv").exists():
         assert process.poll() is None
