@@ -148,6 +148,22 @@ def test_broken_images_are_named(folder, kind, damage):
         list(loader(manifest, kind).epoch(0))
 
 
+def test_all_broken_images_are_found_before_a_small_set_is_trained_on(folder):
+    (folder / "train" / "cat" / "0.jpg").unlink()
+    (folder / "train" / "dog" / "1.png").write_bytes(b"")
+    Image.new("RGB", (20, 20)).save(folder / "train" / "cat" / "1.png", format="GIF")
+    for number in (0, 2):
+        path = folder / "train" / "owl" / f"{number}.jpg"
+        path.write_bytes(path.read_bytes()[:-2])
+    manifest = load(DataConfig("folder", str(folder))).train
+    manifest = Manifest(manifest.root, np.append(manifest.files, "train/cat/0.jpg"), np.zeros(18, np.int64), ("a",))
+    with pytest.raises(
+        BadInput, match=r"^5 files are broken: .*cat/1\.png: .*GIF.*dog/1\.png: .*empty.*owl/0"
+    ) as error:
+        loader(manifest)
+    assert str(error.value).count(str(folder)) == 3  # the first few
+
+
 @pytest.mark.parametrize(
     "options",
     [{"image_size": 4}, {"pad": -1}, {"pad": 40}, {"area": 0.0}, {"cutout": 1.5}, {"jitter": 2.0}, {"std": (0, 1, 1)}],

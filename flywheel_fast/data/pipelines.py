@@ -1,13 +1,14 @@
 """NVIDIA DALI decodes each image once and cuts its views; index and views come out, never targets.
 
-The only importer of nvidia.dali. A pipeline lives for one epoch: its seed is a function of (seed, epoch, rank), its
-order comes from `order.epoch_order`, so the same epoch gives the same bytes whatever was drawn before.
+The only importer of nvidia.dali. A graph is described once; the pipeline made of it lives for one epoch: its seed is
+a function of (seed, epoch, rank), its order comes from `order.epoch_order`, so the same epoch gives the same bytes
+whatever was drawn before.
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ from flywheel_fast.errors import BadInput
 VIEWS = ("clean", "weak", "strong", "strong2")
 WHOLE_CROP = 0.875  # with random resized crops, the clean view is this share of the shorter side, as is usual
 SWEEP_BATCH = 500
+AHEAD = 2  # batches under way in DALI
+MOST_BROKEN = 100  # files looked for, once one is found
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Loader:
     ):
         self.manifest, self.views, self.batch_size, self.seed = manifest, views, batch_size, seed
         self.device, self.threads, self.rank, self.world = torch.device(device), threads, rank, world
+        self.graphs: dict[tuple[str, ...], bytes] = {}  # by their views, none for those that only decode
         self.cache: np.ndarray | None = None  # [N, H + 2 pad, W + 2 pad, 3] uint8
         if views.crop == "pad" and 3 * (views.image_size + 2 * views.pad) ** 2 * len(manifest) <= cache_gb * 1e9:
             self.cache = self._decode_all()
@@ -102,7 +106,7 @@ class Loader:
 
     def _batches(self, order: np.ndarray, batch_size: int, views: tuple[str, ...], seed: int) -> Iterator[Batch]:
         pieces = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-        drawn = [view for view in views if view != "clean" or self.cache is None]  # by DALI
+        drawn = tuple(view for view in views if view != "clean" or self.cache is None)  # by DALI
         outputs = self._run(pieces, drawn, seed) if drawn else ([] for _ in pieces)
         for piece, images in zip(pieces, outputs, strict=True):
             by_name = dict(zip(drawn, images, strict=True))
@@ -116,43 +120,51 @@ class Loader:
         mean, std = (torch.tensor(values, device=self.device) for values in (self.views.mean, self.views.std))
         return ((torch.from_numpy(images[:, inner, inner]).to(self.device) - mean) / std).permute(0, 3, 1, 2)
 
-    def _run(self, pieces: list[np.ndarray], views: list[str], seed: int) -> Iterator[list[Tensor]]:
-        """The views of each piece, each [B, 3, H, W]."""
+    def _run(self, pieces: list[np.ndarray], views: tuple[str, ...], seed: int) -> Iterator[list[Tensor]]:
+        """The views of each piece, each [B, 3, H, W]; a file that cannot be read is named."""
+        if self.cache is not None:
+            yield from self._outputs(pieces, self.cache.__getitem__, views, seed)
+            return
+        done = 0
+        try:
+            for outputs in self._outputs(pieces, self._encoded, views, seed):
+                done += 1
+                yield outputs
+        except (RuntimeError, OSError) as error:
+            self._name_broken(pieces[done : done + 1 + AHEAD], error)
+            raise
 
-        def read() -> Iterator:
-            for piece in pieces:
-                yield self.cache[piece] if self.cache is not None else [self._bytes(i) for i in piece]
+    def _outputs(
+        self, pieces: list[np.ndarray], read: Callable, views: tuple[str, ...] = (), seed: int = 0
+    ) -> Iterator[list[Tensor]]:
+        """What DALI makes of `read(piece)`; without views, the images as the cache holds them, [B, H, W, 3]."""
+        from nvidia.dali import Pipeline
 
-        pipeline = _views_pipeline(self, max(map(len, pieces)), read, views, seed)
-        for piece in pieces:
-            try:
-                outputs = pipeline.run()
-            except RuntimeError as error:
-                self._name_broken(piece, error)
-                raise
-            yield [torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
+        if not pieces:
+            return
+        if views not in self.graphs:
+            self.graphs[views] = _graph(self, views)
+        ahead = min(AHEAD, len(pieces))
+        kind = {"exec_pipelined": True, "exec_async": True, "exec_dynamic": True}
+        pipeline = Pipeline.deserialize(
+            self.graphs[views], seed=seed, batch_size=max(map(len, pieces)), prefetch_queue_depth=ahead, **kind
+        )
+        for piece in pieces[:ahead]:
+            pipeline.feed_input("images", read(piece))
+        pipeline.schedule_run()  # all that was fed
+        for number in range(len(pieces)):
+            outputs = pipeline.share_outputs()
+            pipeline.release_outputs()  # `outputs` stay valid
+            if number + ahead < len(pieces):
+                pipeline.feed_input("images", read(pieces[number + ahead]))
+                pipeline.schedule_run()
+            images = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+            yield [image.permute(0, 3, 1, 2) for image in images] if views else images
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
-    def _bytes(self, i: int) -> np.ndarray:
-        """The encoded image [L] uint8; a file that is gone or cut short is named."""
-        path = self.manifest.root / self.manifest.files[i]
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise BadInput(
-                f"{path}: cannot be read ({error.strerror}); restore it, or take it out of the data set"
-            ) from error
-        if not _ends_whole(content) and (reason := _why_broken(content)):
-            raise BadInput(_broken(path, reason))
-        return np.frombuffer(content, dtype=np.uint8)
-
-    def _name_broken(self, piece: np.ndarray, error: Exception) -> None:
-        """DALI says that decoding failed, not which file: ask another decoder."""
-        for i in piece:
-            path = self.manifest.root / self.manifest.files[i]
-            if reason := _why_broken(path.read_bytes()):
-                raise BadInput(_broken(path, reason)) from error
+    def _encoded(self, piece: np.ndarray) -> list[np.ndarray]:  # each [bytes of the file] uint8
+        return [np.fromfile(self.manifest.root / file, dtype=np.uint8) for file in self.manifest.files[piece]]
 
     def _decode_all(self) -> np.ndarray:
         """All images [N, H + 2 pad, W + 2 pad, 3] uint8, as `_padded` has them."""
@@ -161,30 +173,41 @@ class Loader:
         size = self.views.image_size + 2 * self.views.pad
         cache = np.empty((len(self.manifest), size, size, 3), np.uint8)
         pieces = np.split(np.arange(len(cache)), range(SWEEP_BATCH, len(cache), SWEEP_BATCH))
-
-        def read() -> Iterator:
-            for piece in pieces:
-                yield [self._bytes(i) for i in piece]
-
-        pipeline = _decode_pipeline(self, SWEEP_BATCH, read)
-        for piece in track(pieces, "decoding", transient=True, disable=len(cache) < 5000):
-            try:
-                (images,) = pipeline.run()
-            except RuntimeError as error:
-                self._name_broken(piece, error)
-                raise
-            cache[piece] = (
-                images.as_tensor() if isinstance(images, np.ndarray) else torch.from_dlpack(images.as_tensor()).cpu()
-            )
+        outputs = self._outputs(pieces, self._encoded)
+        try:
+            for piece in track(pieces, "decoding", transient=True, disable=len(cache) < 5000):
+                cache[piece] = next(outputs)[0].cpu()
+        except (RuntimeError, OSError) as error:
+            self._name_broken(pieces, error)
+            raise
         return cache
 
+    def _name_broken(self, pieces: list[np.ndarray], error: Exception) -> None:
+        """Raises BadInput that names the unreadable files of the pieces; returns if all of them can be read."""
+        found = list(islice((broken for piece in pieces for broken in self._broken(piece)), MOST_BROKEN))
+        if len(found) == 1:
+            raise BadInput(f"{found[0]}; replace it, or take it out of the data set") from error
+        if found:
+            count = f"{len(found)} files" + (" or more" if len(found) == MOST_BROKEN else "")
+            first = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+            raise BadInput(f"{count} are broken: {first}; replace them, or take them out of the data set") from error
 
-def _ends_whole(content: bytes) -> bool:
-    """Whether a JPEG or PNG file ends as such a file does: a quick look at each, a long one at the others."""
-    return content[:2] == b"\xff\xd8" and b"\xff\xd9" in content[-64:] or content[-8:-4] == b"IEND"
+    def _broken(self, piece: np.ndarray) -> Iterator[str]:
+        """DALI says that it failed, not of which file: halve until it is one."""
+        try:
+            list(self._outputs([piece], self._encoded))
+        except (RuntimeError, OSError) as error:
+            if len(piece) > 1:
+                yield from self._broken(piece[: len(piece) // 2])
+                yield from self._broken(piece[len(piece) // 2 :])
+                return
+            path = self.manifest.root / self.manifest.files[piece[0]]
+            reason = error.strerror if isinstance(error, OSError) else _why_refused(path.read_bytes())
+            yield f"{path}: cannot be read as an image ({reason})"
 
 
-def _why_broken(content: bytes) -> str:
+def _why_refused(content: bytes) -> str:
+    """DALI's own words are a page long; another decoder's are short."""
     from PIL import Image
 
     if not content:
@@ -192,42 +215,12 @@ def _why_broken(content: bytes) -> str:
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
+            return f"DALI refuses this {image.format}"
     except Exception as error:  # every format has its own
-        return str(error).replace("<_io.BytesIO object at", "file (").split(" 0x")[0]
-    return ""
-
-
-def _broken(path: Path, reason: str) -> str:
-    return f"{path}: is not a whole image ({reason}); replace it, or take it out of the data set"
+        return str(error).split(" <_io.BytesIO")[0]
 
 
 # -- DALI graphs -------------------------------------------------------------------------------------------------------
-
-
-def _make(loader: Loader, batch_size: int, read, graph, seed: int):
-    """Runs `graph(source)` over the batches of the generator `read`; the batches end with it."""
-    from nvidia.dali import fn, pipeline_def
-
-    batches = read()
-    on_gpu = loader.device.type == "cuda"
-
-    @pipeline_def(
-        batch_size=batch_size,
-        num_threads=loader.threads,
-        device_id=loader.device.index or 0 if on_gpu else None,
-        seed=seed,
-        prefetch_queue_depth=2,
-        enable_conditionals=True,  # RandAugment chooses an operation by sample
-        exec_dynamic=True,
-    )
-    def pipeline():
-        decoded = loader.cache is not None
-        source = fn.external_source(source=batches, batch=True, layout="HWC" if decoded else None)
-        return graph(source)
-
-    built = pipeline()
-    built.build()
-    return built
 
 
 def _decode(loader: Loader, encoded):
@@ -254,12 +247,11 @@ def _padded(images, config: ViewsConfig):
     return images
 
 
-def _decode_pipeline(loader: Loader, batch_size: int, read):
-    return _make(loader, batch_size, read, lambda encoded: _padded(_decode(loader, encoded), loader.views), seed=0)
-
-
-def _views_pipeline(loader: Loader, batch_size: int, read, views: list[str], seed: int):
-    from nvidia.dali import fn, types
+def _graph(loader: Loader, views: tuple[str, ...]) -> bytes:
+    """From batches of `images` to views; from encoded images to padded ones without views. As DALI serialises it:
+    a pipeline is then made in a millisecond, where building RandAugment's graph takes half a second.
+    """
+    from nvidia.dali import fn, pipeline_def, types
 
     config, size = loader.views, loader.views.image_size
 
@@ -313,12 +305,22 @@ def _views_pipeline(loader: Loader, batch_size: int, read, views: list[str], see
 
     cut = {"clean": clean, "weak": weak, "strong": strong, "strong2": strong}
 
-    def graph(source):
-        if loader.cache is not None:
-            images = source.gpu() if loader.device.type == "cuda" else source
-        else:
-            images = _decode(loader, source)
-            images = _padded(images, config) if config.crop == "pad" else images
-        return tuple(cut[view](images) for view in views)
+    on_gpu = loader.device.type == "cuda"
 
-    return _make(loader, batch_size, read, graph, seed)
+    @pipeline_def(
+        batch_size=loader.batch_size,
+        num_threads=loader.threads,
+        device_id=loader.device.index or 0 if on_gpu else None,
+        exec_dynamic=True,
+        enable_conditionals=True,  # RandAugment chooses an operation by sample
+    )
+    def pipeline():
+        if loader.cache is not None:
+            images = fn.external_source(name="images", layout="HWC")
+            images = images.gpu() if on_gpu else images
+        else:
+            images = _decode(loader, fn.external_source(name="images"))
+            images = _padded(images, config) if config.crop == "pad" or not views else images
+        return tuple(cut[view](images) for view in views) or images
+
+    return pipeline().serialize()
