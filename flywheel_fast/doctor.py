@@ -19,7 +19,7 @@ def report() -> bool:
     sound = True
     for name, (passed, detail) in {**env.self_test(), "DALI": _dali(), "disk": _disk()}.items():
         sound &= passed
-        console.print(f"{'ok' if passed else 'BROKEN':<8}{name:<16}{detail}", style="" if passed else "bold red")
+        console.print(f"{'ok' if passed else 'BROKEN':<8}{name:<20}{detail}", style="" if passed else "bold red")
     return sound
 
 
