@@ -62,6 +62,23 @@ def test_numeric_class_names_in_numeric_order(folder):
     assert load(csv(folder, "file_name,label\n" + rows)).train.classes == ("2", "9", "10")
 
 
+def test_folders_called_by_numbers_are_classes_in_numeric_order(folder):
+    for split in ("train", "test"):
+        for name, number in zip(CLASSES, ("10", "9", "2"), strict=True):
+            (folder / split / name).rename(folder / split / number)
+    train = load(DataConfig("folder", str(folder))).train
+    assert train.classes == ("2", "9", "10")
+    assert train.files.tolist() == sorted(train.files.tolist())  # what the order of a noise file rests on
+    assert [train.classes[label] for label in train.labels] == [file.split("/")[1] for file in train.files]
+
+
+def test_hidden_files_are_passed_over_and_linked_folders_entered(folder, tmp_path):
+    shutil.copytree(folder / "train" / "cat", tmp_path / "more")
+    (folder / "train" / "dog" / "more").symlink_to(tmp_path / "more")
+    (folder / "train" / "dog" / "._0.jpg").write_bytes(b"")
+    assert np.bincount(load(DataConfig("folder", str(folder))).train.labels).tolist() == [7, 12, 6]
+
+
 def test_subsets_are_seeded_and_balanced():
     data = load(DataConfig(train_size=103, test_size=20))
     assert sorted(np.bincount(data.train.labels).tolist()) == [10] * 7 + [11] * 3
@@ -83,6 +100,10 @@ def test_subsets_are_seeded_and_balanced():
             lambda root: [shutil.rmtree(root / s / c) for s in ("train", "test") for c in CLASSES[1:]],
             ["one class only"],
         ),
+        (
+            lambda root: [file.unlink() for file in (root / "test").rglob("*.jpg")],
+            ["data/test", "no images"],
+        ),
     ],
 )
 def test_bad_folders_are_named(folder, change, said):
@@ -101,6 +122,8 @@ def test_bad_folders_are_named(folder, change, said):
         ("file_name,label\ntrain/cat/99.jpg,b\n", ["row 2", "99.jpg", "does not exist"]),
         ("file_name,label\ntrain/cat/0.jpg,\n", ["row 2", "empty label"]),
         ("file_name,label\ntrain/cat/0.jpg,a\ntrain/cat/0.jpg,b\n", ["row 3", "again"]),
+        ("file_name,label\ntrain/cat/0.jpg,a\n./train/cat/0.jpg,b\n", ["row 3", "again"]),
+        ("file_name,label,label\ntrain/cat/0.jpg,a,b\n", ["table.csv", "2 columns 'label'"]),
         ("file_name,label,split\ntrain/cat/0.jpg,a,trian\n", ["row 2", "trian"]),
         ("file_name,label,split\ntrain/cat/0.jpg,a,test\n", ["no training rows"]),
         ("file_name,label,split\ntrain/cat/0.jpg,a,train\ntrain/dog/0.jpg,z,test\n", ["row 3", "'z'"]),
@@ -117,6 +140,18 @@ def test_bad_tables_are_named(folder, text, said):
 def test_a_subset_larger_than_a_class_is_named(folder):
     with pytest.raises(BadInput, match=r"data\.train_size=18 asks for 6 images of class 'dog', which has 5"):
         load(DataConfig("folder", str(folder), train_size=18))
+
+
+def test_a_subset_that_leaves_classes_out_is_refused(folder):
+    with pytest.raises(BadInput, match=r"data\.train_size=2 leaves classes without an image; give at least 3"):
+        load(DataConfig("folder", str(folder), train_size=2))
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(BadInput, match=r"file/flywheel-fast: cannot be written .*XDG_CACHE_HOME"):
+        load(DataConfig())
 
 
 # -- noise -------------------------------------------------------------------------------------------------------------
@@ -189,6 +224,28 @@ def test_noise_is_matched_before_the_subset(tmp_path):
     assert np.bincount(part.train.true_labels).tolist() == [10] * 10
 
 
+def test_a_noise_table_that_names_its_files_may_have_any_order(folder):
+    train = load(DataConfig("folder", str(folder))).train
+    wanted = {file: CLASSES[(label + 1) % 3] for file, label in zip(train.files.tolist(), train.labels, strict=True)}
+    rows = "".join(f"{file},{wanted[file]}\n" for file in reversed(wanted))
+    (folder / "noise.csv").write_text("file_name,label\n" + rows)
+    config = DataConfig("folder", str(folder), noise=NoiseConfig("file", file=str(folder / "noise.csv")))
+    noisy = load(config).train
+    assert [CLASSES[label] for label in noisy.labels] == [wanted[file] for file in noisy.files.tolist()]
+    (folder / "noise.csv").write_text("file_name,label\n" + rows[rows.index("\n") + 1 :])
+    with pytest.raises(BadInput, match=r"noise\.csv: has no row for the training file 'train/owl/"):
+        load(config)
+
+
+def test_labels_in_a_noise_table_are_names_where_classes_are_called_so(tmp_path):
+    path = tmp_path / "n.csv"
+    config = NoiseConfig("file", file=str(path))
+    path.write_text("label\n1\n2\n3\n")
+    assert noise.apply(np.zeros(3, np.int64), ("1", "2", "3"), config).tolist() == [0, 1, 2]
+    path.write_text("label\n1\n2\n0\n")
+    assert noise.apply(np.zeros(3, np.int64), CLASSES, config).tolist() == [1, 2, 0]
+
+
 def test_an_unknown_class_in_the_map_names_the_nearest():
     with pytest.raises(BadInput, match="'dgo'.*'dog'"):
         noise.apply(TRUE, CLASSES, NoiseConfig("asymmetric", 0.4, mapping={"cat": "dgo"}))
@@ -204,6 +261,8 @@ def test_an_unknown_class_in_the_map_names_the_nearest():
         lambda: DataConfig(holdout=0.0),
         lambda: DataConfig(train_size=0),
         lambda: sources.DataConfig(threads=0),
+        lambda: DataConfig(seed=-1),
+        lambda: NoiseConfig("symmetric", 0.4, seed=-1),
     ],
 )
 def test_impossible_combinations_are_refused(make):

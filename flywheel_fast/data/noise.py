@@ -23,7 +23,8 @@ class NoiseConfig:
     mapping: dict[str, str] = field(default_factory=dict)
     """Asymmetric noise: the class that each mislabelled class becomes, for example {cat: dog, dog: cat}."""
     file: str | None = None
-    """Labels for the training files in sorted path order: .npy, .npz, or .csv with a column `label`."""
+    """Labels of the training files, class names or numbers: .npy or .npz in the order of the class folders, the files
+    of each sorted, or of the source CSV's rows; or .csv with a column `label`, in that order or with `file_name`."""
     key: str | None = None
     """Array of the .npz file."""
     seed: int = 0
@@ -32,21 +33,25 @@ class NoiseConfig:
     def __post_init__(self):
         if not 0 <= self.rate <= 1:
             raise ValueError(f"data.noise.rate must be in [0, 1], not {self.rate}")
+        if self.seed < 0:
+            raise ValueError(f"data.noise.seed must not be negative, not {self.seed}")
         if (self.kind == "file") != (self.file is not None):
             raise ValueError("data.noise.kind=file and data.noise.file go together: give both or neither")
         if self.kind == "asymmetric" and not self.mapping:
             raise ValueError("data.noise.kind=asymmetric needs data.noise.mapping, for example {cat: dog}")
 
 
-def apply(labels: np.ndarray, classes: tuple[str, ...], config: NoiseConfig) -> np.ndarray:
-    """Noisy labels [N] int64 for true labels [N] int64."""
+def apply(
+    labels: np.ndarray, classes: tuple[str, ...], config: NoiseConfig, files: np.ndarray | None = None
+) -> np.ndarray:
+    """Noisy labels [N] int64 for true labels [N] int64; `files` [N] str for noise files that name them."""
     rng = np.random.default_rng(config.seed)
     if config.kind == "symmetric":
         return _symmetric(labels, len(classes), config, rng)
     if config.kind == "asymmetric":
         return _asymmetric(labels, classes, config, rng)
     if config.kind == "file":
-        return _from_file(len(labels), classes, Path(config.file), config.key)
+        return _from_file(len(labels), classes, Path(config.file), config.key, files)
     return labels
 
 
@@ -84,18 +89,10 @@ def _asymmetric(
     return noisy
 
 
-def _from_file(n: int, classes: tuple[str, ...], path: Path, key: str | None) -> np.ndarray:
+def _from_file(n: int, classes: tuple[str, ...], path: Path, key: str | None, files: np.ndarray | None) -> np.ndarray:
     where = f"data.noise.file {path}"
     try:
-        if path.suffix == ".csv":
-            from pyarrow import csv
-
-            columns = csv.read_csv(path)
-            if "label" not in columns.column_names:
-                raise BadInput(f"{where}: has no column 'label', only {', '.join(columns.column_names)}")
-            found = columns["label"].to_numpy()
-        else:
-            found = np.load(path, allow_pickle=False)
+        found = _read_csv(where, path, files) if path.suffix == ".csv" else np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise BadInput(f"{where}: no such file") from None
     except (OSError, ValueError, EOFError) as error:  # pyarrow's and zipfile's errors are of these kinds
@@ -110,16 +107,44 @@ def _from_file(n: int, classes: tuple[str, ...], path: Path, key: str | None) ->
             f"{where}: holds {found.size:,} labels, the data set has {n:,} training files; give one for each"
         )
     if found.dtype.kind in "OUS":
-        of_class = {name: label for label, name in enumerate(classes)}
-        unknown = [(row, name) for row, name in enumerate(found.astype(str)) if name not in of_class]
-        if unknown:
-            raise BadInput(
-                f"{where}: row {unknown[0][0]} has label {unknown[0][1]!r}, which is no class of the data set"
-            )
-        return np.array([of_class[name] for name in found.astype(str)], dtype=np.int64)
+        found = _numbers(where, found.astype(str), classes)
     if found.dtype.kind not in "iu":
         raise BadInput(f"{where}: labels must be whole numbers or class names, not {found.dtype}")
     outside = np.flatnonzero((found < 0) | (found >= len(classes)))
     if len(outside):
         raise BadInput(f"{where}: row {outside[0]} has label {found[outside[0]]}, outside 0..{len(classes) - 1}")
     return found.astype(np.int64)
+
+
+def _read_csv(where: str, path: Path, files: np.ndarray | None) -> np.ndarray:
+    """Labels [rows] str, in the order of `files` where the table names them."""
+    from pyarrow import csv
+
+    text = csv.ConvertOptions(column_types={"label": "string", "file_name": "string"})
+    columns = csv.read_csv(path, convert_options=text)
+    if "label" not in columns.column_names:
+        raise BadInput(f"{where}: has no column 'label', only {', '.join(columns.column_names)}")
+    labels = columns["label"].to_numpy().astype(str)
+    if "file_name" not in columns.column_names or files is None:
+        return labels
+    names = columns["file_name"].to_numpy().astype(str)
+    order = np.argsort(names, kind="stable")
+    row = order[np.minimum(np.searchsorted(names, files, sorter=order), len(names) - 1)] if len(names) else order
+    missing = files[names[row] != files] if len(names) else files
+    if len(missing):
+        raise BadInput(f"{where}: has no row for the training file '{missing[0]}'; give one for each")
+    return labels[row]
+
+
+def _numbers(where: str, labels: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:  # [N] str -> [N] int64
+    """Class names, or class numbers where they are no names of classes."""
+    of_class = {name: label for label, name in enumerate(classes)}
+    unknown = next(((row, name) for row, name in enumerate(labels.tolist()) if name not in of_class), None)
+    if unknown is None:
+        return np.array([of_class[name] for name in labels.tolist()], dtype=np.int64)
+    try:
+        return labels.astype(np.int64)
+    except (ValueError, OverflowError):
+        raise BadInput(
+            f"{where}: row {unknown[0]} has label {unknown[1]!r}, which is no class of the data set"
+        ) from None

@@ -48,6 +48,8 @@ class DataConfig:
         for name in ("train_size", "test_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"data.seed must not be negative, not {self.seed}")
         if self.threads < 1:
             raise ValueError(f"data.threads must be at least 1, not {self.threads}")
 
@@ -65,7 +67,7 @@ def load(config: DataConfig) -> Data:
         raise BadInput(f"{train.root}: holds one class only ({train.classes[0]!r}); a classifier needs at least two")
     if test is None:
         train, test = _set_aside(train, config)
-    source_labels, noisy = train.labels, noise.apply(train.labels, train.classes, config.noise)
+    source_labels, noisy = train.labels, noise.apply(train.labels, train.classes, config.noise, train.files)
     if config.noise.kind != "none":
         train = Manifest(train.root, train.files, noisy, train.classes, true_labels=source_labels)
     if config.train_size:
@@ -89,6 +91,10 @@ def _set_aside(manifest: Manifest, config: DataConfig) -> tuple[Manifest, Manife
 
 
 def _balanced(labels: np.ndarray, classes: tuple[str, ...], size: int, seed: int, key: str) -> np.ndarray:
+    if size < len(classes):
+        raise BadInput(
+            f"{key}={size} leaves classes without an image; give at least {len(classes)}, one for each class"
+        )
     rng = np.random.default_rng(seed)
     chosen = []
     for label, name in enumerate(classes):
@@ -119,29 +125,31 @@ def _folder(config: DataConfig) -> tuple[Manifest, Manifest | None]:
 def _class_folders(root: Path, split: str, classes: tuple[str, ...] | None) -> Manifest:
     """root/split/CLASS/*, deeper folders included; `classes`: those of the training split, where this is the other."""
     base = root / split
-    found = sorted(entry.name for entry in os.scandir(base) if entry.is_dir() and not entry.name.startswith("."))
+    found = [entry.name for entry in os.scandir(base) if entry.is_dir() and not entry.name.startswith(".")]
     if not found:
         raise BadInput(f"{base}: holds no class folders; images are expected as {base}/CLASS/IMAGE.jpg")
-    unknown = sorted(set(found) - set(classes or found))
+    of_class = {name: label for label, name in enumerate(classes or _natural(found))}
+    unknown = sorted(set(found) - set(of_class))
     if unknown:
         raise BadInput(
             f"{base / unknown[0]}: this class has no training images; add some to {root / 'train'}, or remove it"
         )
     files, labels = [], []
-    for label, name in enumerate(classes or found):
-        inside = sorted(
-            os.path.relpath(os.path.join(folder, file), root)
-            for folder, _, names in os.walk(base / name)
-            for file in names
-            if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
-        )
+    for name in sorted(found):
+        inside = []
+        for folder, _, names in os.walk(base / name, followlinks=True):
+            within = os.path.relpath(folder, root)
+            images = (file for file in names if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES)
+            inside += [f"{within}/{file}" for file in images if not file.startswith(".")]
         if not inside and classes is None:
             raise BadInput(
                 f"{base / name}: this class has no images ({', '.join(sorted(IMAGE_SUFFIXES))}); add some or remove it"
             )
-        files += inside
-        labels += [label] * len(inside)
-    return Manifest(root, np.array(files), np.array(labels, dtype=np.int64), classes or tuple(found))
+        files += sorted(inside)
+        labels += [of_class[name]] * len(inside)
+    if not files:
+        raise BadInput(f"{base}: its class folders hold no images; add some, or remove the folder")
+    return Manifest(root, np.array(files), np.array(labels, dtype=np.int64), tuple(of_class))
 
 
 # -- CSV ---------------------------------------------------------------------------------------------------------------
@@ -158,13 +166,13 @@ def _csv(config: DataConfig) -> tuple[Manifest, Manifest | None]:
     if not in_train.any():
         raise BadInput(f"{path}: holds no training rows")
     for row, name in enumerate(files.tolist()):
-        if os.path.isabs(name) or os.path.normpath(name).startswith(".."):
+        if os.path.isabs(name) or os.path.normpath(name).split("/")[0] == "..":
             raise BadInput(f"{path}: row {row + 2}: {name!r} lies outside {path.parent}; put the CSV above its images")
         if not os.path.isfile(path.parent / name):
             raise BadInput(
                 f"{path}: row {row + 2}: {path.parent / name} does not exist; remove the row or add the file"
             )
-    classes = tuple(_natural(np.unique(table["label"][in_train])))
+    classes = tuple(_natural(np.unique(table["label"][in_train]).tolist()))
     of_class = {name: label for label, name in enumerate(classes)}
 
     def to_labels(column: str, rows: np.ndarray) -> np.ndarray:
@@ -196,6 +204,9 @@ def _read_csv(path: Path) -> dict[str, np.ndarray]:
         raise BadInput(f"data.root {path}: cannot be read ({error.strerror or error})") from error
     except ArrowInvalid as error:
         raise BadInput(f"data.root {path}: is not a CSV ({error})") from error
+    for name in names:
+        if table.column_names.count(name) > 1:
+            raise BadInput(f"{path}: has {table.column_names.count(name)} columns {name!r}; keep one")
     for name in ("file_name", "label"):
         if name not in table.column_names:
             raise BadInput(
@@ -206,16 +217,15 @@ def _read_csv(path: Path) -> dict[str, np.ndarray]:
         empty = np.flatnonzero(columns[name] == "")
         if len(empty):
             raise BadInput(f"{path}: row {empty[0] + 2} has an empty {name}; fill it in or remove the row")
-    unique, first = np.unique(columns["file_name"], return_index=True)
+    unique, first = np.unique([os.path.normpath(name) for name in columns["file_name"]], return_index=True)
     if len(unique) < len(columns["file_name"]):
         again = np.setdiff1d(np.arange(len(columns["file_name"])), first)[0]
-        raise BadInput(f"{path}: row {again + 2} names {columns['file_name'][again]!r} again; keep one row a file")
+        raise BadInput(f"{path}: row {again + 2} names '{columns['file_name'][again]}' again; keep one row a file")
     return columns
 
 
-def _natural(names: np.ndarray) -> list[str]:
-    """Numbers in numeric order, anything else by the alphabet."""
-    names = names.tolist()
+def _natural(names: list[str]) -> list[str]:
+    """Numbers in numeric order, so that class 10 is 10 in a noise file too; anything else by the alphabet."""
     return sorted(names, key=int) if all(name.isascii() and name.isdigit() for name in names) else sorted(names)
 
 
@@ -227,8 +237,11 @@ def _digits(config: DataConfig) -> tuple[Manifest, Manifest]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flywheel-fast"
     folder = cache / "digits-v1"
     if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=cache))
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(dir=cache))
+        except OSError as error:
+            raise BadInput(f"{cache}: cannot be written ({error.strerror}); name a folder by XDG_CACHE_HOME") from error
         _write_digits(temporary)
         try:
             temporary.rename(folder)
