@@ -75,6 +75,7 @@ def test_folders_called_by_numbers_are_classes_in_numeric_order(folder):
 def test_hidden_files_are_passed_over_and_linked_folders_entered(folder, tmp_path):
     shutil.copytree(folder / "train" / "cat", tmp_path / "more")
     (folder / "train" / "dog" / "more").symlink_to(tmp_path / "more")
+    (folder / "train" / "dog" / "again").symlink_to(folder / "train" / "dog")  # leads back: not entered
     (folder / "train" / "dog" / "._0.jpg").write_bytes(b"")
     assert np.bincount(load(DataConfig("folder", str(folder))).train.labels).tolist() == [7, 12, 6]
 

@@ -137,7 +137,9 @@ def _class_folders(root: Path, split: str, classes: tuple[str, ...] | None) -> M
     files, labels = [], []
     for name in sorted(found):
         inside = []
-        for folder, _, names in os.walk(base / name, followlinks=True):
+        for folder, inner, names in os.walk(base / name, followlinks=True):
+            here = Path(folder).resolve()
+            inner[:] = [one for one in inner if not here.is_relative_to((here / one).resolve())]  # no link back up
             within = os.path.relpath(folder, root)
             images = (file for file in names if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES)
             inside += [f"{within}/{file}" for file in images if not file.startswith(".")]
