@@ -9,13 +9,14 @@ import torch
 
 from flywheel_fast.errors import BadInput, Failure
 
+PART = ".part"  # ends the name of a file that is not whole yet
 MARK = b"flywheel-fast sha256 "
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """A temporary file beside `path`, flushed to disk, then renamed over it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}{PART}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -31,7 +31,7 @@ def main(words: list[str] | None = None) -> int:
     except Failure as error:
         return _ended(args, error, EXIT_FAILURE)
     except KeyboardInterrupt:
-        folder = getattr(args, "folder", None)
+        folder = getattr(args, "resumable", None)
         how = f"; `flywheel-fast train --resume {folder}` goes on after the last finished epoch" if folder else ""
         print(f"\ninterrupted{how}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -113,9 +113,11 @@ def _train(args: argparse.Namespace) -> None:
     cfg = config.load(Config, name, changes)
     folder = run_folder.to_resume(args.resume, args.out, cfg.name) if args.resume else None
     out = folder or run_folder.create(args.out, cfg.name, args.overwrite, resuming=args.resume == "auto")
-    trainer = Trainer(cfg, out, resume=folder is not None)
-    args.folder = out  # for the last words of an interrupted run
-    trainer.run()
+    try:
+        Trainer(cfg, out, resume=folder is not None).run()
+    except KeyboardInterrupt:
+        args.resumable = out if run_folder.resumable(out) else None
+        raise
 
 
 def _config_ls(args: argparse.Namespace) -> None:
@@ -147,7 +149,3 @@ def _doctor(args: argparse.Namespace) -> None:
 
     if not doctor.report():
         raise Failure("something is broken: see the lines above")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

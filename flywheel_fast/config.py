@@ -83,7 +83,7 @@ def difference(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 
 def as_dict(config: Any) -> dict:
-    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return OmegaConf.to_container(OmegaConf.structured(config))
 
 
 @cache

@@ -4,10 +4,12 @@ import itertools
 import shutil
 from pathlib import Path
 
+from flywheel_fast.checkpoint import PART
 from flywheel_fast.errors import BadInput
 
 CHECKPOINT = Path("weights", "last.pt")
 LOG = "train.log"
+OWN = {"config.yaml", "env.json", "metrics.csv", "noise.npz", LOG, "weights", "labels", "plots"}  # what a run writes
 
 
 def resumable(folder: Path) -> bool:
@@ -38,14 +40,17 @@ def create(out: str | None, name: str, overwrite: bool, resuming: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"--out {folder}: is a file, not a folder")
     if folder.exists() and any(folder.iterdir()):
-        is_run = (folder / LOG).is_file()
         if not (overwrite or resuming):
             raise BadInput(f"--out {folder}: is not empty; give --resume auto to go on, --overwrite to replace it")
-        if not is_run:
+        names = {entry.name for entry in folder.iterdir() if not entry.name.endswith(PART)}
+        foreign = sorted(names - OWN)
+        if LOG not in names or (overwrite and foreign):
+            what = f" ({foreign[0]})" if foreign else ""
             raise BadInput(
-                f"--out {folder}: holds something other than a run, which is not replaced; name another folder"
+                f"--out {folder}: holds something other than a run{what}, which is not replaced; name another folder"
             )
-        shutil.rmtree(folder)
+        if overwrite:
+            shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / LOG).touch()

@@ -15,6 +15,7 @@ from flywheel_fast import audit, checkpoint, env, models, ops, run_folder
 from flywheel_fast import config as configs
 from flywheel_fast.cycle import Cycle, CycleConfig
 from flywheel_fast.data import noise, sources
+from flywheel_fast.data.manifest import Manifest
 from flywheel_fast.data.pipelines import Loader, ViewsConfig
 from flywheel_fast.em import EMState
 from flywheel_fast.errors import BadInput, Failure
@@ -60,8 +61,8 @@ class Trainer:
         self.screen = Screen(out / run_folder.LOG)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.train_set, self.test_set, self.noisy_labels = sources.load(config.data)
-        self.loader = self._loader(self.train_set, config.optim.batch_size)
-        self.test_loader = self._loader(self.test_set, 500) if self.test_set else None
+        self.loader = self._loader(self.train_set)
+        self.test_loader = self._loader(self.test_set) if self.test_set else None
         self.cycle = self._assemble()
         self.history: list[dict] = []  # a row an epoch, as in metrics.csv
         self.merged: list[tuple[int, int]] = []  # classes that the cycle has lost, and into which
@@ -86,9 +87,9 @@ class Trainer:
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
-    def _loader(self, manifest, batch_size: int) -> Loader:
-        config = self.config
-        data = config.data
+    def _loader(self, manifest: Manifest) -> Loader:
+        config, data = self.config, self.config.data
+        batch_size = config.optim.batch_size
         return Loader(manifest, config.views, batch_size, config.seed, self.device, data.threads, data.cache_gb)
 
     def _assemble(self) -> Cycle:
@@ -121,6 +122,8 @@ class Trainer:
             )
         self.cycle.load_state_dict(saved["cycle"])
         torch.set_rng_state(saved["generator"])
+        if torch.cuda.device_count() == len(saved["cuda_generators"]):
+            torch.cuda.set_rng_state_all(saved["cuda_generators"])
         self.history = saved["history"]
 
     def _open(self) -> None:
@@ -203,6 +206,7 @@ class Trainer:
             "labels": self.train_set.digest,
             "cycle": self.cycle.state_dict(),
             "generator": torch.get_rng_state(),
+            "cuda_generators": torch.cuda.get_rng_state_all(),
             "history": self.history,
         }
         checkpoint.save(self.out / run_folder.CHECKPOINT, state)
@@ -218,7 +222,7 @@ class Trainer:
         parts = [f"epoch {row['cycle']:>3}/{epochs}"]
         shown = ("test_acc_main", "test_acc_aux", "gamma", "true_clean", "selection_auroc", "refurbish_acc")
         parts += [f"{name} {row[name]:.3f}" for name in shown if name in row]
-        self.screen.say("  ".join(parts) + f"  {sum(row.get(f'sec_{phase}', 0) for phase in PHASES):.1f} s")
+        self.screen.say("  ".join(parts) + f"  {_seconds(row):.1f} s")
         names = self.train_set.classes
         for gone, into in set(self.merged) - self.warned:
             self.screen.warn(
@@ -273,7 +277,12 @@ class Trainer:
             rows.append(
                 ("COLLAPSED", f"{len(merged)} of {len(names)} classes have merged ({pairs}): do not use this result")
             )
-        seconds = sum(row.get(f"sec_{phase}", 0) for row in self.history for phase in PHASES)
+        seconds = sum(_seconds(row) for row in self.history)
         rows.append(("network", f"{self.out / 'weights' / 'model.safetensors'} ({used})"))
         rows.append(("time", f"{seconds:.0f} s for {len(self.history)} epochs of {n:,} images"))
         return rows
+
+
+def _seconds(row: dict) -> float:
+    """Of all phases of an epoch."""
+    return sum(row.get(f"sec_{phase}", 0) for phase in PHASES)

@@ -238,6 +238,23 @@ def test_a_noise_table_that_names_its_files_may_have_any_order(folder):
         load(config)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("file_name,label\na,cat\na,dog\n", "row 3 names 'a' again"),
+        ("label,label\ncat,dog\n", "2 columns 'label'"),
+        ('label\ncat\n""\n', "row 3 has an empty label"),
+        ("name\ncat\n", "no column 'label', only name"),
+    ],
+)
+def test_bad_noise_tables_are_named(tmp_path, text, said):
+    (tmp_path / "n.csv").write_text(text)
+    with pytest.raises(BadInput, match=rf"n\.csv: .*{said}"):
+        noise.apply(
+            np.zeros(2, np.int64), CLASSES, NoiseConfig("file", file=str(tmp_path / "n.csv")), np.array(["a", "b"])
+        )
+
+
 def test_labels_in_a_noise_table_are_names_where_classes_are_called_so(tmp_path):
     path = tmp_path / "n.csv"
     config = NoiseConfig("file", file=str(path))

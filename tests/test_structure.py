@@ -20,6 +20,8 @@ FLOORS = [  # a module may import from floors below its own, and from the rooms 
 BESIDE = {
     ("data.sources", "data.manifest"),
     ("data.sources", "data.noise"),
+    ("data.noise", "data.manifest"),
+    ("run_folder", "checkpoint"),
     ("config", "errors"),
 }
 

@@ -169,6 +169,12 @@ def test_folders_are_numbered_kept_and_replaced_only_when_told(tmp_path):
     assert flywheel(*tiny, "--out", "runs/x", "--overwrite", cwd=tmp_path).returncode == 0
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("years of work")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/train.log").write_text("of another program")
+    (tmp_path / "theirs/thesis.tex").write_text("years of work")
+    refused(flywheel(*tiny, "--out", "theirs", "--overwrite", cwd=tmp_path), 2, "theirs", "thesis.tex")
+    assert flywheel(*tiny, "--out", "theirs", "--resume", "auto", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "theirs/thesis.tex").read_text() == "years of work"
     refused(flywheel(*tiny, "--out", "mine", "--overwrite", cwd=tmp_path), 2, "mine")
     refused(flywheel(*tiny, "--out", "mine", "--resume", "auto", cwd=tmp_path), 2, "mine")
     refused(flywheel(*tiny, "--out", "mine/thesis.tex", cwd=tmp_path), 2, "is a file")

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from flywheel_fast.data.manifest import read_columns
 from flywheel_fast.errors import BadInput
 
 
@@ -118,22 +119,14 @@ def _from_file(n: int, classes: tuple[str, ...], path: Path, key: str | None, fi
 
 def _read_csv(where: str, path: Path, files: np.ndarray | None) -> np.ndarray:
     """Labels [rows] str, in the order of `files` where the table names them."""
-    from pyarrow import csv
-
-    text = csv.ConvertOptions(column_types={"label": "string", "file_name": "string"})
-    columns = csv.read_csv(path, convert_options=text)
-    if "label" not in columns.column_names:
-        raise BadInput(f"{where}: has no column 'label', only {', '.join(columns.column_names)}")
-    labels = columns["label"].to_numpy().astype(str)
-    if "file_name" not in columns.column_names or files is None:
-        return labels
-    names = columns["file_name"].to_numpy().astype(str)
-    order = np.argsort(names, kind="stable")
-    row = order[np.minimum(np.searchsorted(names, files, sorter=order), len(names) - 1)] if len(names) else order
-    missing = files[names[row] != files] if len(names) else files
-    if len(missing):
-        raise BadInput(f"{where}: has no row for the training file '{missing[0]}'; give one for each")
-    return labels[row]
+    table = read_columns(where, path, required=("label",), optional=("file_name",))
+    if "file_name" not in table or files is None:
+        return table["label"]
+    row_of = {name: row for row, name in enumerate(table["file_name"].tolist())}
+    missing = next((file for file in files.tolist() if file not in row_of), None)
+    if missing is not None:
+        raise BadInput(f"{where}: has no row for the training file {missing!r}; give one for each")
+    return table["label"][[row_of[file] for file in files.tolist()]]
 
 
 def _numbers(where: str, labels: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:  # [N] str -> [N] int64

@@ -19,7 +19,6 @@ from flywheel_fast.data.manifest import Manifest
 from flywheel_fast.data.order import epoch_order
 from flywheel_fast.errors import BadInput
 
-VIEWS = ("clean", "weak", "strong", "strong2")
 WHOLE_CROP = 0.875  # with random resized crops, the clean view is this share of the shorter side, as is usual
 SWEEP_BATCH = 500
 AHEAD = 2  # batches under way in DALI

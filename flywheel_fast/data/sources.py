@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from flywheel_fast.data import noise
-from flywheel_fast.data.manifest import Manifest
+from flywheel_fast.data.manifest import Manifest, read_columns
 from flywheel_fast.data.noise import NoiseConfig
 from flywheel_fast.errors import BadInput
 
@@ -159,7 +159,8 @@ def _class_folders(root: Path, split: str, classes: tuple[str, ...] | None) -> M
 
 def _csv(config: DataConfig) -> tuple[Manifest, Manifest | None]:
     path = Path(config.root)
-    table = _read_csv(path)
+    optional = ("split", "true_label")
+    table = read_columns(f"data.root {path}", path, required=("file_name", "label"), optional=optional)
     files, split = table["file_name"], table.get("split", np.full(len(table["label"]), "train"))
     strange = np.flatnonzero(~np.isin(split, ("train", *TEST_FOLDERS)))
     if len(strange):
@@ -192,38 +193,6 @@ def _csv(config: DataConfig) -> tuple[Manifest, Manifest | None]:
         return Manifest(path.parent, files[rows], to_labels("label", rows), classes, true)
 
     return part(np.flatnonzero(in_train)), None if in_train.all() else part(np.flatnonzero(~in_train))
-
-
-def _read_csv(path: Path) -> dict[str, np.ndarray]:
-    """Columns of text; empty and repeated file names are refused."""
-    from pyarrow import ArrowInvalid, csv
-
-    names = ("file_name", "label", "split", "true_label")
-    options = csv.ConvertOptions(column_types=dict.fromkeys(names, "string"), strings_can_be_null=False)
-    try:
-        table = csv.read_csv(path, convert_options=options, parse_options=csv.ParseOptions(newlines_in_values=True))
-    except OSError as error:
-        raise BadInput(f"data.root {path}: cannot be read ({error.strerror or error})") from error
-    except ArrowInvalid as error:
-        raise BadInput(f"data.root {path}: is not a CSV ({error})") from error
-    for name in names:
-        if table.column_names.count(name) > 1:
-            raise BadInput(f"{path}: has {table.column_names.count(name)} columns {name!r}; keep one")
-    for name in ("file_name", "label"):
-        if name not in table.column_names:
-            raise BadInput(
-                f"{path}: has no column {name!r}, only {', '.join(table.column_names)}; rename the one that is meant"
-            )
-    columns = {name: table[name].to_numpy().astype(str) for name in names if name in table.column_names}
-    for name in ("file_name", "label"):
-        empty = np.flatnonzero(columns[name] == "")
-        if len(empty):
-            raise BadInput(f"{path}: row {empty[0] + 2} has an empty {name}; fill it in or remove the row")
-    unique, first = np.unique([os.path.normpath(name) for name in columns["file_name"]], return_index=True)
-    if len(unique) < len(columns["file_name"]):
-        again = np.setdiff1d(np.arange(len(columns["file_name"])), first)[0]
-        raise BadInput(f"{path}: row {again + 2} names '{columns['file_name'][again]}' again; keep one row a file")
-    return columns
 
 
 def _natural(names: list[str]) -> list[str]:
