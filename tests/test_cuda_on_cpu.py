@@ -1,7 +1,8 @@
 """The CUDA kernels, executed on the CPU under emulation: against the oracle, under sanitizers, counted, and compiled.
 
-FLYWHEEL_REQUIRE_CUDA=1 turns what would be skipped into failures. FLYWHEEL_ALL_FAULTS=1 plants every fault: of each
-kind, each barrier left out, each bound one too far; by default one for each sanitizer and one barrier.
+FLYWHEEL_REQUIRE_CUDA=1 turns what would be skipped into failures. Every barrier of the kernels is left out and every
+bound moved one too far, one at a time, all in one build for each of two sanitizers. FLYWHEEL_ALL_FAULTS=1 plants the
+other kinds of fault too, each in a build of its own; by default one for each sanitizer.
 """
 
 import csv
@@ -24,9 +25,9 @@ def passes(ran) -> bool:
     return ran.returncode == 0 and re.search(r"^\d+ passed, 0 failed$", ran.stdout, re.MULTILINE) is not None
 
 
-@pytest.mark.parametrize("order", ["reverse", "7"])
-def test_kernels_are_the_oracle(order):
-    ran = harness.drive(harness.build(), "all", order)
+@pytest.mark.parametrize(("order", "memory"), [("reverse", "nan"), ("7", "huge")])
+def test_kernels_are_the_oracle(order, memory):
+    ran = harness.drive(harness.build(), "all", order, memory=memory)
     assert passes(ran), ran.stdout[-3000:] + ran.stderr[-3000:]
 
 
@@ -41,21 +42,25 @@ def test_kernels_have_no_race(order):
     assert passes(ran), ran.stdout[-3000:] + ran.stderr[-3000:]
 
 
-def barriers():
-    for name in ("em_step.cu", "posterior_loss.cu", "team.cuh"):
-        for which in range((harness.KERNELS / name).read_text().count("__syncthreads();")):
-            yield name, "__syncthreads();", "", which
+def unseen(sanitizer: str, mode: str, what: str, memories: tuple[str, ...]) -> list:
+    driver = harness.build(sanitizer, plant=True)
+    assert passes(harness.drive(driver, mode)), "without a fault"
+    return [
+        place
+        for number, place in enumerate(harness.faults())
+        if place[2] == what
+        and all(passes(harness.drive(driver, mode, fault=str(number), memory=memory)) for memory in memories)
+    ]
 
 
-BOUNDS = ["< rows", "< c", "< end", "< total", "< head", "< body", "< a.n", "< width", "< copies", "< ranges.teams"]
+def test_any_barrier_left_out_is_seen():
+    for path in harness.kernel_files():  # __syncthreads is all that orders anything
+        assert not re.search(r"\batomic[A-Z]|__syncwarp|__threadfence", path.read_text())
+    assert not unseen("thread", "few", harness.BARRIER, ("nan",))
 
 
-def bounds():
-    for name in ("em_step.cu", "posterior_loss.cu"):
-        text = (harness.KERNELS / name).read_text()
-        for old in BOUNDS:
-            for which in range(text.count(f"{old};") + text.count(f"{old})") + text.count(f"{old} ")):
-                yield name, old, old.replace("<", "<="), which
+def test_any_bound_one_too_far_is_seen():
+    assert not unseen("address", "edges", harness.BOUND, ("nan", "huge"))
 
 
 KINDS = [  # at least one of each kind: (sanitizer that sees it, fault)
@@ -97,11 +102,9 @@ KINDS = [  # at least one of each kind: (sanitizer that sees it, fault)
         ("em_step.cu", "partial + int64_t(blockIdx.x) * (sums", "partial + 0 * (sums", 0),
     ),  # two blocks, one number
 ]
-ALL = os.environ.get("FLYWHEEL_ALL_FAULTS") == "1"
-FAULTS = KINDS + [("thread", fault) for fault in barriers()] + [("address", fault) for fault in bounds()]
-if not ALL:  # each is a build of its own: the first of each sanitizer's, and the first barrier
-    FAULTS = [next(fault for fault in KINDS if fault[0] == name) for name in ("plain", "address", "thread")]
-    FAULTS.append(("thread", next(barriers())))
+FAULTS = KINDS
+if os.environ.get("FLYWHEEL_ALL_FAULTS") != "1":
+    FAULTS = [next(fault for fault in KINDS if fault[0] == name) for name in harness.SANITIZERS]
 
 
 @pytest.mark.parametrize(("sanitizer", "fault"), FAULTS, ids=str)
@@ -110,13 +113,18 @@ def test_a_planted_fault_is_caught(sanitizer, fault):
     assert not passes(ran), f"{fault} went unseen"
 
 
+# Four warps share a row of 2000 bytes, and each reads its label, place and clean probability: 48 bytes more, which a
+# processor's cache answers. The rest is what a team of 512 rows leaves for the sums.
+OVER_FLOOR = {("aux_estep", "bfloat16", 1000): 1.08}
+
+
 def test_bytes_exps_and_widths_are_those_of_the_committed_table():
     found = harness.counts()
     assert found == (RESULTS / "cuda_counts.csv").read_text(), "python tests/cuda_on_cpu/harness.py counts"
     for row in csv.DictReader(io.StringIO(found)):
         assert float(row["exps_an_element"]) == 1
-        if row["op"] == "main_estep" and row["dtype"] == "float32":
-            assert float(row["bytes_over_floor"]) <= 1.05
+        cell = row["op"], row["dtype"], int(row["classes"])
+        assert float(row["bytes_over_floor"]) <= OVER_FLOOR.get(cell, 1.05), cell
 
 
 @pytest.mark.skipif(not (harness.nvcc() or REQUIRED), reason="no nvcc")

@@ -6,8 +6,11 @@
 
 namespace flywheel {
 namespace {
-constexpr int kMaxBlocks = 528;    // of a kernel that visits rows in turn: four for each of an H100's processors
-constexpr int kMaxTeamRows = 256;  // that are added in float32 before they join a float64 sum
+#ifndef FLYWHEEL_MAX_BLOCKS
+#define FLYWHEEL_MAX_BLOCKS 528  // of a kernel that visits rows in turn: four for each of an H100's processors
+#endif
+constexpr int kMaxBlocks = FLYWHEEL_MAX_BLOCKS;
+constexpr int kMaxTeamRows = 512;  // that are added in float32 before they join a float64 sum
 
 __device__ __forceinline__ Prior prior_of(const EmOperands& a) { return prior(load_same(a.gamma)); }
 
@@ -22,8 +25,7 @@ __device__ __forceinline__ void write_aux(const EmOperands& a, int64_t i, Poster
 
 // Copies of the [C, C] statistics in a block, so that its threads can add without waiting for each other.
 __host__ __device__ __forceinline__ int copies_of(int c) {
-  const int threads = kThreads / c, room = 1024 / (c * c);
-  const int copies = threads < room ? threads : room;
+  const int copies = least(kThreads / c, 1024 / (c * c));
   return copies > 1 ? copies : 1;
 }
 // r, q of joint, own, f, clean.
@@ -40,7 +42,7 @@ __device__ __forceinline__ void copy_rows(const T* x, int total, int c, float* t
   const int stride = c | 1;  // odd, so that the banks differ
   // Elements before the first 16-byte boundary: at most kVector - 1, none where the tensor starts on one.
   const int ahead = int((16 - reinterpret_cast<uintptr_t>(x) % 16) % 16 / sizeof(T));
-  const int head = ahead < total ? ahead : total;
+  const int head = least(ahead, total);
   const int body = (total - head) / kVector * kVector;
   for (int k = threadIdx.x; k < head; k += kThreads) tile[k / c * stride + k % c] = to_float(load(x + k));
   for (int k = head + int(threadIdx.x) * kVector; k < head + body; k += kThreads * kVector) {
@@ -61,24 +63,28 @@ __device__ __forceinline__ float terms_of(float* row, int c) {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) thread_per_row(EmOperands a, double* partial) {
-  FLYWHEEL_DYNAMIC_SHARED(double, stat_r);
+  FLYWHEEL_DYNAMIC_SHARED(double, clean);  // [kWarps]
   const int c = a.c, square = c * c, stride = c | 1, copies = copies_of(c);
   const bool sums = a.r_sum != nullptr;
   const int stats = sums ? copies * partial_width(c, a.joint) : 0;
+  double* stat_r = clean + kWarps;
   double* stat_q = stat_r + copies * square;
   double* stat_own = a.joint ? stat_q + copies * square : stat_q;
   double* stat_f = stat_own + copies * c;
-  double* clean = stat_r + stats;                               // [kWarps]
-  float* t = reinterpret_cast<float*>(clean + kWarps);          // [C, C], where the auxiliary network is looked at
-  float* tile = a.aux_logits ? t + square : t;                  // [kThreads, stride]
+  float* t = reinterpret_cast<float*>(stat_r + stats);          // [C, C], where the auxiliary network is looked at
+  float* align = t + square;                                    // [C], there too
+  float* tile = a.aux_logits ? align + c : t;                   // [kThreads, stride]
   auto* terms = reinterpret_cast<RowTerms*>(tile + kThreads * stride);  // [kThreads], where sums are wanted
   for (int k = threadIdx.x; k < stats; k += kThreads) stat_r[k] = 0;
-  if (a.aux_logits)
+  if (a.aux_logits) {
     for (int k = threadIdx.x; k < square; k += kThreads) t[k] = load(a.corruption_t + k);
+    for (int k = threadIdx.x; k < c; k += kThreads) align[k] = a.align ? load(a.align + k) : 1.f;
+  }
 
+  const Prior known = a.main_logits ? prior_of(a) : Prior{};
   double mine = 0;
-  for (int64_t first = int64_t(blockIdx.x) * kThreads; first < a.n; first += int64_t(gridDim.x) * kThreads) {
-    const int rows = int(a.n - first < kThreads ? a.n - first : kThreads);
+  for (int64_t first = int64_t(blockIdx.x) * kThreads; a.n > first; first += int64_t(gridDim.x) * kThreads) {
+    const int rows = int(least<int64_t>(a.n - first, kThreads));
     const int64_t i = first + threadIdx.x;
     const bool here = int(threadIdx.x) < rows;
     float* row = tile + int(threadIdx.x) * stride;
@@ -89,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) thread_per_row(EmOperands a, double*
       __syncthreads();
       if (here) {
         const float sum = terms_of(row, c);
-        w = clean_prob(row[label], sum, prior_of(a), load(a.main_eps + i));
+        w = clean_prob(row[label], sum, known, load(a.main_eps + i));
         store(a.clean_prob + i, w);
         mine += w;
       }
@@ -107,7 +113,7 @@ __global__ void __launch_bounds__(kThreads) thread_per_row(EmOperands a, double*
         const float p = row[k] * t[label * c + k];
         seen.shown += p;
         seen.p = better(seen.p, {p, k});
-        seen.f = better(seen.f, {a.align ? row[k] * load_same(a.align + k) : row[k], k});
+        seen.f = better(seen.f, {row[k] * align[k], k});
       }
       Best suggested;
       const Posterior<float> m = conclude(a.joint, w, seen, label, &suggested);
@@ -137,7 +143,8 @@ __global__ void __launch_bounds__(kThreads) thread_per_row(EmOperands a, double*
   for (int k = threadIdx.x; k < width; k += kThreads) {
     // which of the parts k lies in: each holds `copies` of `size` numbers
     const int squares = a.joint ? 2 * square : square;
-    const int part = k < squares ? k / square * square : squares + (k - squares) / c * c, size = k < squares ? square : c;
+    const int size = k < squares ? square : c, past = k - squares;
+    const int part = past >= 0 ? squares + past / c * c : k / square * square;
     double total = 0;
     for (int copy = 0; copy < copies; ++copy) total += stat_r[part * copies + copy * size + k - part];
     store(out + k, total);
@@ -183,8 +190,7 @@ struct Ranges {
 };
 __host__ __device__ __forceinline__ Ranges ranges_of(int64_t n, bool block) {
   const int64_t wanted = kMaxBlocks * (block ? 1 : kWarps);
-  int64_t rows = (n + wanted - 1) / wanted;
-  rows = rows < 64 ? 64 : rows > kMaxTeamRows ? kMaxTeamRows : rows;
+  const int64_t even = (n + wanted - 1) / wanted, rows = least<int64_t>(even > 64 ? even : 64, kMaxTeamRows);
   const int64_t teams = (n + rows - 1) / rows;
   return {rows, teams, block ? teams : (teams + kWarps - 1) / kWarps};
 }
@@ -231,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, 3) team_per_row(EmOperands a, double
   const Workspace space = cut(a, workspace, ranges);
   const int64_t me = kBlock ? int64_t(blockIdx.x) : int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   // A block's last teams may be left without rows.
-  const int64_t begin = me * ranges.rows, end = begin + ranges.rows < a.n ? begin + ranges.rows : a.n;
+  const int64_t begin = me * ranges.rows, end = least(begin + ranges.rows, a.n);
   const auto at = [&](int v) { return (v / kVector * Team<kBlock>::kSize + rank) * kVector + v % kVector; };
 
   const auto read = [&](const void* logits, int64_t i, float* value) {
@@ -273,6 +279,7 @@ __global__ void __launch_bounds__(kThreads, 3) team_per_row(EmOperands a, double
   float t[kValues], r_sum[kValues], q_sum[kValues], f_sum[kValues], own_sum = 0;
 #pragma unroll
   for (int v = 0; v < kValues; ++v) t[v] = r_sum[v] = q_sum[v] = f_sum[v] = 0;
+  const Prior known = a.main_logits && !kBlock ? prior_of(a) : Prior{};  // a block, short of registers, reads it a row
   double clean = 0;
   int last = -1;
   const auto flush = [&]() {
@@ -298,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, 3) team_per_row(EmOperands a, double
     if (a.main_logits) {
       read(a.main_logits, i, value);
       const float sum = terms(value, label, &e_own);
-      w = clean_prob(e_own, sum, prior_of(a), load_same(a.main_eps + i));
+      w = clean_prob(e_own, sum, kBlock ? prior_of(a) : known, load_same(a.main_eps + i));
       if (rank == 0) {
         store(a.clean_prob + i, w);
         clean += w;
@@ -319,7 +326,7 @@ __global__ void __launch_bounds__(kThreads, 3) team_per_row(EmOperands a, double
     seen.sum = terms(value, label, &seen.e_own);
     float p_own = 0;
 #pragma unroll
-    for (int v = 0; v < kValues; ++v) {
+    for (int v = 0; v != kValues; ++v) {
       if (at(v) >= c) continue;
       const float p = value[v] * t[v];
       seen.shown += p;
@@ -349,12 +356,12 @@ __global__ void __launch_bounds__(kThreads, 3) team_per_row(EmOperands a, double
   if (last >= 0) flush();
   if constexpr (kBlock) {
 #pragma unroll
-    for (int v = 0; v < kValues; ++v)
+    for (int v = 0; v != kValues; ++v)
       if (at(v) < c) store(space.f + me * c + at(v), double(f_sum[v]));
   } else {
     float* f = reinterpret_cast<float*>(slots);  // [kWarps, C]
 #pragma unroll
-    for (int v = 0; v < kValues; ++v)
+    for (int v = 0; v != kValues; ++v)
       if (at(v) < c) f[int(threadIdx.x) / kWarp * c + at(v)] = f_sum[v];
     __syncthreads();
     for (int k = threadIdx.x; k < c; k += kThreads) {
@@ -373,7 +380,7 @@ __global__ void __launch_bounds__(kThreads) block_per_row(EmOperands a, double* 
   const Team<true> team = {reinterpret_cast<Best*>(e + c + c % 2)};
   const Ranges ranges = ranges_of(a.n, true);
   const Workspace space = cut(a, workspace, ranges);
-  const int64_t me = blockIdx.x, begin = me * ranges.rows, end = begin + ranges.rows < a.n ? begin + ranges.rows : a.n;
+  const int64_t me = blockIdx.x, begin = me * ranges.rows, end = least(begin + ranges.rows, a.n);
   // A thread meets the same classes everywhere, so that only reductions and e[label] need a barrier.
   const auto terms = [&](const void* logits, int64_t i) {
     const T* x = static_cast<const T*>(logits) + i * c;
@@ -477,18 +484,16 @@ bool aligned(const EmOperands& a) {
   const auto on_16 = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   return a.c * sizeof(T) % 16 == 0 && on_16(a.main_logits) && on_16(a.aux_logits);
 }
-bool whole_block(int c) { return c > 256; }
 unsigned lane_blocks(int64_t n) {
-  const int64_t tiles = (n + kThreads - 1) / kThreads;
-  return unsigned(tiles < kMaxBlocks ? tiles : kMaxBlocks);
+  return unsigned(least<int64_t>((n + kThreads - 1) / kThreads, kMaxBlocks));
 }
 
 template <class T>
 void em_step_of(const EmOperands& a, double* workspace, Stream stream) {
   if (a.c <= kLaneClasses) {
     const unsigned blocks = lane_blocks(a.n);
-    const size_t square = size_t(a.c) * size_t(a.c), stats = a.r_sum ? size_t(copies_of(a.c) * partial_width(a.c, a.joint)) : 0;
-    const size_t shared = sizeof(double) * (stats + kWarps) + sizeof(float) * ((a.aux_logits ? square : 0) + size_t(kThreads) * size_t(a.c | 1)) +
+    const size_t tables = size_t(a.c) * size_t(a.c + 1), stats = a.r_sum ? size_t(copies_of(a.c) * partial_width(a.c, a.joint)) : 0;
+    const size_t shared = sizeof(double) * (stats + kWarps) + sizeof(float) * ((a.aux_logits ? tables : 0) + size_t(kThreads) * size_t(a.c | 1)) +
                           (a.r_sum ? sizeof(RowTerms) * kThreads : 0);
     double* partial = a.r_sum || a.clean_sum ? workspace : nullptr;
     launch(thread_per_row<T>, blocks, kThreads, shared, stream, a, partial);

@@ -45,7 +45,7 @@ struct LossOperands {
   const float* clean_prob;        // [N]
   const float* corruption_t;      // [C, C] row observed label
   void* gradient;                 // [views * N, C] out
-  double* per_sample;             // [N] workspace
+  double* partial;                // [N] workspace
   float* loss;                    // [] out
 };
 void posterior_loss_cuda(CudaFloat type, const LossOperands& a, void* stream);

@@ -151,7 +151,7 @@ std::tuple<Tensor, Tensor> posterior_loss(const Tensor& logits, const Tensor& la
   STD_TORCH_CHECK(logits.size(1) <= kWidestClasses / 2, "posterior_loss: at most ", kWidestClasses / 2, " classes on CUDA, not ", logits.size(1));
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   Tensor gradient = torch::stable::empty_like(logits), loss = torch::stable::new_empty(logits, {}, ScalarType::Float);
-  Tensor per_sample = torch::stable::new_empty(logits, {a.n}, ScalarType::Double);
+  Tensor partial = torch::stable::new_empty(logits, {a.n}, ScalarType::Double);
   std::optional<Tensor> t;
   a.c = int(logits.size(1));
   a.views = a.n ? logits.size(0) / a.n : 1;
@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor> posterior_loss(const Tensor& logits, const Tensor& la
     a.corruption_t = t->const_data_ptr<float>();
   }
   a.gradient = gradient.data_ptr();
-  a.per_sample = per_sample.mutable_data_ptr<double>();
+  a.partial = partial.mutable_data_ptr<double>();
   a.loss = loss.mutable_data_ptr<float>();
   posterior_loss_cuda(float_type(logits), a, stream_of(logits));
   return {loss, gradient};

@@ -7,6 +7,7 @@ namespace flywheel {
 namespace {
 constexpr int kThreads = 128;  // of every kernel here
 constexpr int kWarps = kThreads / kWarp;
+constexpr bool whole_block(int c) { return c > 256; }  // works on a row; a warp does on fewer classes
 
 // Reductions over the team; every thread gets the result, and sums are in a fixed order.
 template <bool kBlock>

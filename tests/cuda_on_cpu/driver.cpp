@@ -1,7 +1,8 @@
 // Runs every kernel of csrc/cuda on the CPU against a float64 oracle. Buffers are of exact size, so that AddressSanitizer
 // sees the first byte past them.
-//   driver all | few | edges   value checks (the thread order: EMULATION_ORDER)
-//   driver count          bytes, widths, exps, barriers and shuffles, as CSV
+//   driver all | few | edges   value checks (the thread order: EMULATION_ORDER); the first failure ends a run with a fault
+//   driver count               bytes, widths, exps, barriers and shuffles, as CSV
+//   driver shared OP CLASSES   bytes of shared memory of each launch
 #include "em_step.h"
 #include "simt.cuh"
 
@@ -49,6 +50,7 @@ struct Case {
   bool main, aux, joint;      // aux with statistics; without, q
   size_t ahead = 0;           // elements off a 16-byte boundary
   bool skewed = false, odd = false;
+  int labels = 0;             // that occur, from the lowest; all of them at 0
 };
 const Case* running;
 const char* type_name;
@@ -59,6 +61,7 @@ void check(const char* what, size_t at, double found, double wanted, double tole
   if (!good && failed <= 20)
     std::printf("WRONG %s[%zu] = %g, not %g (N %ld, C %d, %s, main %d, aux %d, joint %d, ahead %zu)\n", what, at, found, wanted,
                 long(running->n), running->c, type_name, running->main, running->aux, running->joint, running->ahead);
+  if (!good && emulation::fault >= 0) std::exit(1);
 }
 
 template <class T>
@@ -75,6 +78,7 @@ void fill_logits(Buffer<T>& x, int64_t n, int c, bool odd, std::mt19937& random)
   row(3, [](int) { return 60000.f; });
   row(4, [](int k) { return k == 0 ? INFINITY : 0.f; });
   row(5, [](int) { return -INFINITY; });
+  row(6, [](int) { return -200.f; });
 }
 template <class T>
 std::vector<double> softmax(Buffer<T>& x, int64_t i, int c) {
@@ -114,7 +118,7 @@ struct Inputs {
       : labels(size_t(a.n)), starts(size_t(a.c) + 1), order(size_t(a.n)), t(size_t(a.c) * size_t(a.c)), align(size_t(a.c)), eps(size_t(a.n)), w(size_t(a.n)) {
     std::uniform_real_distribution<float> uniform(0.02f, 1);
     for (int64_t i = 0; i < a.n; ++i) {
-      labels[size_t(i)] = int64_t(random() % unsigned(a.c));
+      labels[size_t(i)] = int64_t(random() % unsigned(a.labels ? a.labels : a.c));
       if (a.skewed) labels[size_t(i)] = i % 5 ? a.c / 2 : labels[size_t(i)] % 3 % a.c;
       eps[size_t(i)] = uniform(random) / float(a.c);
       w[size_t(i)] = uniform(random);
@@ -170,6 +174,7 @@ void em_step_case(const Case& a, emulation::Counters* counted = nullptr) {
     *counted = emulation::counters;
     return;
   }
+  check("exps", 0, double(emulation::counters.exps), double(n * c) * (a.main + look), 0);
 
   double clean = 0;
   std::vector<double> r_want(c * c), q_want(c * c), f_want(c);
@@ -227,9 +232,9 @@ void loss_case(const Case& a, int64_t views, float confidence, emulation::Counte
   Buffer<T> x(rows * c, a.ahead), teacher(n * c, a.ahead), gradient(rows * c);
   fill_logits(x, 0, a.c, false, random);
   fill_logits(teacher, a.n, a.c, false, random);
-  Buffer<double> per_sample(n);
+  Buffer<double> partial(n);
   Buffer<float> loss(1);
-  LossOperands o = {a.n, views, a.c, a.joint, confidence, delta, x.p, in.labels.p, a.aux ? teacher.p : nullptr, in.w.p, in.t.p, gradient.p, per_sample.p, loss.p};
+  LossOperands o = {a.n, views, a.c, a.joint, confidence, delta, x.p, in.labels.p, a.aux ? teacher.p : nullptr, in.w.p, in.t.p, gradient.p, partial.p, loss.p};
   emulation::counters = {};
   posterior_loss_cuda(type_of<T>(), o, nullptr);
   if (counted) {
@@ -282,6 +287,7 @@ void all_of(const char* name, bool few) {
   em_step_case<T>({9000, 40, true, true, false, 0, true});
 }
 
+#ifdef FLYWHEEL_MAX_BLOCKS
 template <class T>
 void count_of(const char* name) {
   const auto print = [&](const char* op, const Case& a, const emulation::Counters& k, double floor, double elements) {
@@ -290,45 +296,62 @@ void count_of(const char* name) {
                 double(k.barriers) / double(a.n), double(k.exchanges) / 32 / double(a.n));
     std::fflush(stdout);
   };
+  // What each block does when kFullGrid rows are spread over all of them, on a grid of FLYWHEEL_MAX_BLOCKS: as many rows a
+  // block, and a label's rows as many. A floor is every operand once: what each row has, and what the slice's labels have.
+  constexpr int64_t kFullGrid = 2048 * 528, kBlocks = FLYWHEEL_MAX_BLOCKS;
   for (int c : {10, 14, 50, 100, 200, 1000}) {
-    const int64_t n = c <= 32 ? 270336 : c < 200 ? 65536 : c < 1000 ? 32768 : 8192;
-    const double logits = double(n) * c * sizeof(T), table = 4.0 * c * c, results = 16.0 * c * c + 12.0 * c + 8;
+    const int64_t n = kBlocks * (c > 256 ? 512 : 2048);
+    const bool sorted = c > kLaneClasses;
+    const int labels = sorted ? int((n * c + kFullGrid - 1) / kFullGrid) : c;
+    const double logits = double(n) * c * sizeof(T), look = double(n) * (24 + 4 * sorted) + (4.0 + 16) * labels * c + 12.0 * c + 8.0 * sorted * (c + 1);
     emulation::Counters k;
-    const Case main = {n, c, true, false, false}, aux = {n, c, false, true, false}, both = {n, c, true, true, false};
-    em_step_case<T>(main, &k);
-    print("main_estep", main, k, logits + double(n) * 16 + 8, double(n) * c);
-    em_step_case<T>(aux, &k);
-    print("aux_estep", aux, k, logits + double(n) * (12 + 24) + table + results, double(n) * c);
-    em_step_case<T>(both, &k);
-    print("em_step", both, k, 2 * logits + double(n) * (16 + 24) + table + results, 2 * double(n) * c);
+    const auto count = [&](const char* op, bool main, bool aux, double floor) {
+      const Case a = {n, c, main, aux, false, 0, false, false, labels};
+      em_step_case<T>(a, &k);
+      print(op, a, k, floor, double(n) * c * (main + aux));
+    };
+    count("main_estep", true, false, logits + double(n) * 16 + 16);
+    count("aux_estep", false, true, logits + double(n) * 12 + look);
+    count("em_step", true, true, 2 * logits + double(n) * 16 + 16 + look);
     const Case loss = {512, c, false, true, false};
     loss_case<T>(loss, 2, 0.1f, &k);
     print("posterior_loss", loss, k, 512.0 * c * (sizeof(T) * 5 + 4) + 512.0 * 12 + 4, 3 * 512.0 * c);
   }
 }
+#endif
 }  // namespace
 
 int main(int argc, char** argv) {
   const char* mode = argc > 1 ? argv[1] : "all";
   try {
+    if (!std::strcmp(mode, "shared")) {
+      emulation::Counters k;
+      const Case one = {1, std::atoi(argv[3]), true, true, true};
+      std::strcmp(argv[2], "em_step") ? loss_case<float>(one, 1, 0.1f, &k) : em_step_case<float>(one, &k);
+      for (const size_t bytes : k.shared) std::printf("%zu\n", bytes);
+      return 0;
+    }
+#ifdef FLYWHEEL_MAX_BLOCKS
     if (!std::strcmp(mode, "count")) {
       std::printf("op,dtype,classes,rows,bytes_loaded,bytes_stored,bytes_over_floor,loads_of_16_bytes,exps_an_element,barriers_a_row,warp_shuffles_a_row\n");
       count_of<float>("float32");
       count_of<__nv_bfloat16>("bfloat16");
       return 0;
     }
+#endif
     const bool edges = !std::strcmp(mode, "edges"), few = !std::strcmp(mode, "few");
     if (!edges) all_of<float>("float32", few), all_of<__nv_bfloat16>("bfloat16", few);
     if (!edges && !few) all_of<__half>("float16", few);
     if (edges) {  // ragged and misaligned, on few rows
       type_name = "any";
-      for (int c : {10, 14, 32, 50, 100, 300, 2049})
-        for (int64_t n : {1, 129})
+      for (int c : {2, 10, 14, 32, 50, 100, 300, 2049})
+        for (int64_t n : {1, 64, 129})
           for (size_t ahead : {0, 1}) {
-            em_step_case<float>({n, c, true, true, true, ahead});
+            em_step_case<float>({n, c, true, true, true, ahead, n == 129, n == 129});
             em_step_case<float>({n, c, false, false, false, ahead});
             em_step_case<__nv_bfloat16>({n, c, true, false, false, ahead});
             loss_case<float>({n, c, false, true, false, ahead}, 2, 0.1f);
+            loss_case<float>({n, c, false, false, false, ahead}, 1, 0.f);
           }
     }
   } catch (const std::exception& error) {

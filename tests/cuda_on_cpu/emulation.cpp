@@ -51,7 +51,9 @@ asm(".text\n.globl emulation_switch\n.hidden emulation_switch\n.type emulation_s
 namespace emulation {
 Thread* self = nullptr;
 Counters counters = {};
+const int fault = std::getenv("EMULATION_FAULT") ? std::atoi(std::getenv("EMULATION_FAULT")) : -1;
 namespace {
+const bool huge = std::getenv("EMULATION_MEMORY") && !std::strcmp(std::getenv("EMULATION_MEMORY"), "huge");
 constexpr size_t kStack = 256 << 10, kPage = 4096;
 constexpr unsigned kMostThreads = 1024;
 
@@ -172,12 +174,12 @@ void make(Fiber* fiber) {
   fiber->sp = sp;
   fiber->started = true;
 }
-// Of exactly the size asked for, so that AddressSanitizer sees the first byte past it; NaN, so that a read before the
-// first write shows.
+// Of exactly the size asked for, so that AddressSanitizer sees the first byte past it; NaN or huge, so that a read before
+// the first write shows.
 char* fresh(size_t bytes) {
   void* p = nullptr;
   if (posix_memalign(&p, 128, bytes ? bytes : 1)) std::abort();
-  return static_cast<char*>(__builtin_memset(p, 0xff, bytes));
+  return static_cast<char*>(__builtin_memset(p, huge ? 0x7f : 0xff, bytes));
 }
 
 void run_block(size_t block, unsigned blocks) {
@@ -269,6 +271,7 @@ void run(unsigned blocks, unsigned threads, size_t shared_bytes, void (*body)(vo
   if (blocks == 0) return;
   if (threads == 0 || threads > kMostThreads || threads % 32) throw std::runtime_error("bad block size");
   if (shared_bytes > 48 << 10) throw std::runtime_error("more shared memory than a launch gets unasked");
+  counters.shared.push_back(shared_bytes);
   body_ = body;
   argument_ = argument;
   threads_ = threads;

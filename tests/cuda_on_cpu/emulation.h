@@ -1,7 +1,8 @@
 // CUDA's execution model on the CPU, for tests: what csrc/cuda/simt.cuh includes where no CUDA compiler is at work.
 // Each CUDA thread is a fiber, and all of them run on one OS thread, in an order that EMULATION_ORDER chooses: forward,
 // reverse, or a number that seeds a random one. Barriers and warp collectives are real; a missing one is a data race
-// that ThreadSanitizer sees, a divergent one an error that names file, line and thread.
+// that ThreadSanitizer sees, a divergent one an error that names file, line and thread. Shared memory starts as NaNs, or
+// under EMULATION_MEMORY=huge as numbers of 1e38: what one of them hides, as fmaxf does a NaN, the other shows.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -12,6 +13,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <type_traits>
+#include <vector>
 
 #undef __global__
 #undef __device__
@@ -49,6 +51,7 @@ void run(unsigned blocks, unsigned threads, size_t shared_bytes, void (*body)(vo
 // What the kernels did since the last reset. Accesses are counted where they go through load and store.
 struct Counters {
   int64_t loaded, stored, wide, exps, barriers, exchanges;  // bytes, bytes, bytes in 16-byte accesses, and calls
+  std::vector<size_t> shared;                               // bytes of each launch
 };
 extern Counters counters;
 
@@ -63,6 +66,10 @@ T shuffle_xor(unsigned mask, T value, int step, const char* where) {
   static_assert(sizeof(T) <= 16 && std::is_trivially_copyable_v<T>);
   return from_lane<T>(exchange(mask, &value, sizeof value, where), int(self->index.x % 32) ^ step);
 }
+// Faults: the harness writes these before barriers and at bounds; EMULATION_FAULT names the one that takes place.
+extern const int fault;
+inline bool kept(int which) { return fault != which; }
+inline int one_more(int which) { return fault == which; }
 // Kernels count by calls, out of ThreadSanitizer's sight.
 void count_load(size_t size, bool once_a_warp);
 void count_store(size_t size);
@@ -75,19 +82,6 @@ void count_exp();
 #define gridDim (emulation::self->grid)
 #define __syncthreads() emulation::sync_threads(EMULATION_HERE)
 #define __shfl_xor_sync(mask, value, step) emulation::shuffle_xor(mask, value, step, EMULATION_HERE)
-
-template <class T>
-T atomicAdd(T* p, T v) {  // relaxed, as CUDA's
-  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
-  Bits old = __atomic_load_n(reinterpret_cast<Bits*>(p), __ATOMIC_RELAXED), next;
-  T value, sum;
-  do {
-    __builtin_memcpy(&value, &old, sizeof old);
-    sum = value + v;
-    __builtin_memcpy(&next, &sum, sizeof next);
-  } while (!__atomic_compare_exchange_n(reinterpret_cast<Bits*>(p), &old, next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
-  return value;
-}
 
 namespace flywheel {
 using Stream = void*;

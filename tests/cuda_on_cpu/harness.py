@@ -5,6 +5,7 @@ python tests/cuda_on_cpu/harness.py ptxas > benchmarks/results/cuda_ptxas.csv
 """
 
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -27,7 +28,22 @@ SANITIZERS = {  # name -> flags of kernels and driver, flags of the scheduler
     "thread": ("-fsanitize=thread", "-DTELL_TSAN"),
 }
 ARCHITECTURES = ("80", "90", "100")
-WARPS_OF_A_PROCESSOR, REGISTERS_OF_A_PROCESSOR, WARPS_OF_A_BLOCK = 64, 65536, 4
+WARPS_OF_A_BLOCK = 4
+WARPS_OF_A_PROCESSOR, BLOCKS_OF_A_PROCESSOR, REGISTERS_OF_A_PROCESSOR = 64, 32, 65536
+SHARED_OF_A_PROCESSOR = {"80": 164 << 10, "90": 228 << 10, "100": 228 << 10}
+SHARED_OF_THE_SYSTEM = 1024  # for each block
+LAUNCHES = (  # kernels by name, the op that launches them, as its which launch, and the classes to look at
+    (r"thread_per_row", "em_step", 0, (10, 32)),
+    (r"add_blocks", "em_step", 1, (32,)),
+    (r"team_per_row<\w+ 8 false", "em_step", 0, (100, 256)),
+    (r"team_per_row<\w+ 8 true", "em_step", 0, (1000,)),
+    (r"team_per_row<\w+ 16 true", "em_step", 0, (2000,)),
+    (r"block_per_row", "em_step", 0, (4000,)),
+    (r"add_edges", "em_step", 1, (100,)),
+    (r"loss_of_samples<\w+ false", "posterior_loss", 0, (10, 256)),
+    (r"loss_of_samples<\w+ true", "posterior_loss", 0, (1000,)),
+    (r"mean_loss", "posterior_loss", 1, (10,)),
+)
 
 
 def nvcc() -> str | None:
@@ -49,11 +65,52 @@ def cuda_headers() -> Path | None:
     )
 
 
-def build(sanitizer: str = "plain", fault: tuple[str, str, str, int] | None = None) -> Path:
+BOUND, BARRIER = " < ", "__syncthreads();"
+
+
+def faults() -> list[tuple[str, int, str, str]]:
+    """Every barrier and every bound of the kernels: (file, line, BARRIER or BOUND, the line's text).
+
+    Its place in the list is what EMULATION_FAULT takes, in a driver of `build(sanitizer, plant=True)`.
+    """
+    found = []
+    for path in kernel_files():
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            for what in re.findall(f"{BOUND}|{re.escape(BARRIER)}", line.split("//")[0]):
+                found.append((path.name, number, what, line.strip()))
+    return found
+
+
+def kernel_files() -> list[Path]:
+    return [path for path in sorted(KERNELS.glob("*.cu*")) if path.suffix in (".cu", ".cuh")]
+
+
+def planted() -> dict[Path, str]:
+    """The kernels' sources with each barrier and bound of `faults` under a number's rule: left out, or one too far."""
+    which = itertools.count()
+
+    def plant(match: re.Match) -> str:
+        if match[0] == BARRIER:
+            return f"if (emulation::kept({next(which)})) {BARRIER}"
+        return f"{BOUND}emulation::one_more({next(which)}) + "
+
+    def plant_line(line: str) -> str:
+        code, *comment = line.split("//", 1)
+        return "//".join([re.sub(f"{BOUND}|{re.escape(BARRIER)}", plant, code), *comment])
+
+    return {path: "\n".join(map(plant_line, path.read_text().split("\n"))) for path in kernel_files()}
+
+
+def build(
+    sanitizer: str = "plain", fault: tuple[str, str, str, int] | None = None, *, plant: bool = False, flags: str = ""
+) -> Path:
     """The driver's path; built once for each content. A fault is (file, old text, new text, which occurrence)."""
-    flags, scheduler_flags = SANITIZERS[sanitizer]
+    own_flags, scheduler_flags = SANITIZERS[sanitizer]
+    own_flags = f"{own_flags} {flags}"
     sources = {path: path.read_text() for path in [*KERNELS.glob("*"), ROOT / "csrc" / "math.h", *HERE.glob("*.*")]}
     sources = {path: text for path, text in sources.items() if path.suffix in (".cu", ".cuh", ".h", ".cpp")}
+    if plant:
+        sources |= planted()
     common = [FLAGS, "-isystem", str(cuda_headers())]
     folder = ROOT / "build" / "cuda_on_cpu"
 
@@ -74,7 +131,7 @@ def build(sanitizer: str = "plain", fault: tuple[str, str, str, int] | None = No
         if not copy.exists():
             copy.write_text(text)
     units = [
-        (p, scheduler_flags if p.name == "emulation.cpp" else flags) for p in sources if p.suffix in (".cu", ".cpp")
+        (p, scheduler_flags if p.name == "emulation.cpp" else own_flags) for p in sources if p.suffix in (".cu", ".cpp")
     ]
     units = [(p, own) for p, own in units if not p.name.endswith("_torch.cpp")]
 
@@ -106,7 +163,7 @@ def build(sanitizer: str = "plain", fault: tuple[str, str, str, int] | None = No
         objects = [str(path) for path in pool.map(compile_one, units)]
     driver = folder / f"driver-{sanitizer}-{key(*objects)}"
     if not driver.exists():
-        run(["g++", *flags.split(), *objects, "-o", str(driver)])
+        run(["g++", *own_flags.split(), *objects, "-o", str(driver)])
     return driver
 
 
@@ -117,13 +174,16 @@ def run(command: list[str]) -> str:
     return ran.stdout + ran.stderr
 
 
-def drive(driver: Path, mode: str, order: str = "forward") -> subprocess.CompletedProcess:
-    """Runs the driver; ThreadSanitizer wants addresses that are not randomised."""
+def drive(driver: Path, mode: str, order: str = "forward", **emulation: str) -> subprocess.CompletedProcess:
+    """Runs the driver; `memory` and `fault` become EMULATION_MEMORY and EMULATION_FAULT.
+
+    ThreadSanitizer wants addresses that are not randomised.
+    """
     command = [str(driver), mode]
     if "-thread-" in driver.name and (setarch := shutil.which("setarch")):
         command = [setarch, "-R", *command]
     environment = os.environ | {
-        "EMULATION_ORDER": order,
+        **{f"EMULATION_{name.upper()}": value for name, value in ({"order": order} | emulation).items()},
         "TSAN_OPTIONS": "halt_on_error=1",
         "ASAN_OPTIONS": "detect_stack_use_after_return=0",
     }
@@ -131,31 +191,59 @@ def drive(driver: Path, mode: str, order: str = "forward") -> subprocess.Complet
 
 
 def counts() -> str:
-    """Bytes, widths, exps, barriers and shuffles of every op, as the emulation counts them."""
-    return run([str(build()), "count"])
+    """Bytes, widths, exps, barriers and shuffles of every op, as the emulation counts them.
+
+    A block does what it does where a million rows (2048 * 528) are spread over the full grid of 528: there are 16 of
+    its blocks, and their share of the rows and labels.
+    Where a row of logits is no multiple of 16 bytes and more than 32 classes wide, its loads are an element wide.
+    """
+    return run([str(build(flags="-DFLYWHEEL_MAX_BLOCKS=16")), "count"])
+
+
+def occupancy(architecture: str, registers: int, shared: int) -> float:
+    """The share of a processor's warps that can be resident: by registers, by shared memory, by blocks and warps."""
+    granted = (registers + 7) // 8 * 8  # registers come in eights, for a warp at a time
+    blocks = min(
+        REGISTERS_OF_A_PROCESSOR // (granted * 32 * WARPS_OF_A_BLOCK),
+        SHARED_OF_A_PROCESSOR[architecture] // ((shared + 127) // 128 * 128 + SHARED_OF_THE_SYSTEM),
+        BLOCKS_OF_A_PROCESSOR,
+        WARPS_OF_A_PROCESSOR // WARPS_OF_A_BLOCK,
+    )
+    return blocks * WARPS_OF_A_BLOCK / WARPS_OF_A_PROCESSOR
 
 
 def ptxas() -> str:
-    """Registers, spills and the occupancy that registers allow, of every kernel on every architecture, as CSV."""
-    rows = ["kernel,architecture,registers,spill_bytes,stack_bytes,static_shared_bytes,occupancy_by_registers"]
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES] + [
-        "-gencode=arch=compute_100,code=compute_100"
-    ]
+    """Registers, shared memory, spills and theoretical occupancy of every kernel on every architecture, as CSV.
+
+    Shared memory is what the launch asks for at so many classes, with all outputs and the joint posterior, and what
+    the kernel declares.
+    """
+    rows = ["kernel,architecture,classes,registers,shared_bytes,spill_bytes,stack_bytes,occupancy"]
+    driver = str(build())
+    asked = {
+        (pattern, c): int(run([driver, "shared", op, str(c)]).split()[launch])
+        for pattern, op, launch, classes in LAUNCHES
+        for c in classes
+    }
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    targets.append("-gencode=arch=compute_100,code=compute_100")
+    pattern = (
+        r"Compiling entry function '([^']+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
+    )
     for source in sorted(KERNELS.glob("*.cu")):
         said = run([nvcc(), "-std=c++20", "-O3", *targets, "-Xptxas", "-v", "-c", str(source), "-o", os.devnull])
-        pattern = (
-            r"Compiling entry function '([^']+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-            r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
-        )
         for name, arch, stack, stores, loads, registers, rest in re.findall(pattern, said, re.DOTALL):
-            shared = re.search(r"(\d+) bytes smem", rest)
-            granted = (int(registers) + 7) // 8 * 8  # registers come in eights, for a warp at a time
-            blocks = REGISTERS_OF_A_PROCESSOR // (granted * 32 * WARPS_OF_A_BLOCK)
-            occupancy = min(1.0, blocks * WARPS_OF_A_BLOCK / WARPS_OF_A_PROCESSOR)
-            plain = subprocess.run(["c++filt", name], capture_output=True, text=True, check=False).stdout.strip()
-            plain = re.sub(r"^void |flywheel::|\(anonymous namespace\)::|\(.*\)$", "", plain).replace(", ", " ")
-            numbers = (registers, int(stores) + int(loads), stack, shared[1] if shared else 0, f"{occupancy:.2f}")
-            rows.append(",".join(map(str, (plain, f"sm_{arch}", *numbers))))
+            declared = re.search(r"(\d+) bytes smem", rest)
+            kernel = subprocess.run(["c++filt", name], capture_output=True, text=True, check=False).stdout.strip()
+            kernel = re.sub(r"^void |flywheel::|\(anonymous namespace\)::|\(.*\)$", "", kernel).replace(", ", " ")
+            spilled = int(stores) + int(loads)
+            for (launched, c), bytes_asked in asked.items():
+                if not re.match(launched, kernel):
+                    continue
+                shared = bytes_asked + (int(declared[1]) if declared else 0)
+                share = occupancy(arch, int(registers), shared)
+                rows.append(f"{kernel},sm_{arch},{c},{registers},{shared},{spilled},{stack},{share:.2f}")
     return "\n".join([rows[0], *sorted(rows[1:])]) + "\n"
 
 
