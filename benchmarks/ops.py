@@ -30,7 +30,7 @@ def operands(op: str, n: int, c: int, dtype: torch.dtype, device: str) -> tuple:
     labels = torch.randint(c, (n,), generator=generator).to(device)
     gamma = torch.tensor(0.6, dtype=torch.float64, device=device)
     per_sample = torch.rand(n, generator=generator).to(device)
-    corruption = (1 - torch.eye(c, device=device)) / max(c - 1, 1)
+    corruption = (1 - torch.eye(c, device=device)).t() / max(c - 1, 1)  # as EMState keeps it
     align = torch.ones(c, device=device)
     return {
         "main_estep": (main, labels, gamma, per_sample),
@@ -41,7 +41,7 @@ def operands(op: str, n: int, c: int, dtype: torch.dtype, device: str) -> tuple:
 
 
 def candidates(op: str, arguments: tuple, compiled: bool) -> dict:
-    """Name -> function without arguments; posterior_loss with its gradient."""
+    """Name -> function without arguments; posterior_loss with its gradient, native E-steps into the same tensors."""
 
     def call(function):
         if op != "posterior_loss":
@@ -49,6 +49,9 @@ def candidates(op: str, arguments: tuple, compiled: bool) -> dict:
         return lambda: torch.autograd.grad(function(*arguments), arguments[0])
 
     found = {"native": call(getattr(ops, op)), "eager": call(getattr(reference, op))}
+    if op in ("aux_estep", "em_step"):
+        out = getattr(ops, op)(*arguments)
+        found["native"] = lambda: getattr(ops, op)(*arguments, out=out)
     if compiled:
         torch._dynamo.reset()
         found["compile"] = call(torch.compile(getattr(reference, op), dynamic=False))

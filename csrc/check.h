@@ -57,22 +57,26 @@ inline void check_scalar(const char* op, const char* name, const Tensor& t, cons
   check_like(op, name, t, logits, wanted);
 }
 
-inline void check_corruption(const char* op, const Tensor& t, const Tensor& logits) {
+inline void check_square(const char* op, const char* name, const Tensor& t, const Tensor& logits, ScalarType wanted) {
   const int64_t c = logits.size(1);
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == c && t.size(1) == c, op, ": corruption must have shape [C, C] with C = ", c);
-  check_like(op, "corruption", t, logits, ScalarType::Float);
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == c && t.size(1) == c, op, ": ", name, " must have shape [C, C] with C = ", c);
+  check_like(op, name, t, logits, wanted);
 }
+inline void check_corruption(const char* op, const Tensor& t, const Tensor& logits) { check_square(op, "corruption", t, logits, ScalarType::Float); }
 
 inline void check_align(const char* op, const Tensor& t, const Tensor& logits) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == logits.size(1), op, ": align must have shape [C] with C = ", logits.size(1));
   check_like(op, "align", t, logits, ScalarType::Float);
 }
 
-inline void check_main(const char* op, const Tensor& logits, const Tensor& labels, const Tensor& gamma, const Tensor& eps) {
+inline void check_main(const char* op, const Tensor& logits, const Tensor& labels, const Tensor& gamma, const Tensor& eps,
+                       const Tensor& clean_prob, const Tensor& clean_sum) {
   check_logits(op, logits);
   check_per_sample(op, "labels", labels, logits, ScalarType::Long);
   check_per_sample(op, "eps", eps, logits, ScalarType::Float);
   check_scalar(op, "gamma", gamma, logits, ScalarType::Double);
+  check_per_sample(op, "clean_prob", clean_prob, logits, ScalarType::Float);
+  check_scalar(op, "clean_sum", clean_sum, logits, ScalarType::Double);
 }
 
 inline void check_aux(const char* op, const Tensor& logits, const Tensor& labels, const Tensor& clean_prob, const Tensor& corruption,
@@ -82,6 +86,27 @@ inline void check_aux(const char* op, const Tensor& logits, const Tensor& labels
   check_per_sample(op, "clean_prob", clean_prob, logits, ScalarType::Float);
   check_corruption(op, corruption, logits);
   if (align) check_align(op, *align, logits);
+}
+
+inline void check_em_step(const Tensor& main_logits, const Tensor& aux_logits, const Tensor& labels, const Tensor& gamma, const Tensor& eps,
+                          const Tensor& corruption, const Tensor& align, const Tensor& clean_prob, const Tensor& clean_sum) {
+  check_main("em_step", main_logits, labels, gamma, eps, clean_prob, clean_sum);
+  check_logits_pair("em_step", "aux_logits", aux_logits, main_logits, main_logits.size(0));
+  check_corruption("em_step", corruption, main_logits);
+  check_align("em_step", align, main_logits);
+}
+
+// What aux_estep and em_step write.
+inline void check_aux_out(const char* op, const Tensor& logits, const Tensor& resampled, const Tensor& suggested, const Tensor& suggested_prob,
+                          const Tensor& eps, const Tensor& r, const Tensor& q, const Tensor& f) {
+  check_per_sample(op, "resampled_label", resampled, logits, ScalarType::Long);
+  check_per_sample(op, "suggested_label", suggested, logits, ScalarType::Long);
+  check_per_sample(op, "suggested_prob", suggested_prob, logits, ScalarType::Float);
+  check_per_sample(op, "eps", eps, logits, ScalarType::Float);
+  check_square(op, "corrupted_sum", r, logits, ScalarType::Double);
+  check_square(op, "posterior_sum", q, logits, ScalarType::Double);
+  STD_TORCH_CHECK(f.dim() == 1 && f.size(0) == logits.size(1), op, ": class_sum must have shape [C] with C = ", logits.size(1));
+  check_like(op, "class_sum", f, logits, ScalarType::Double);
 }
 
 // Returns N: logits are [views * N, C], everything else is of N samples. Without a teacher the labels are the target.

@@ -38,7 +38,7 @@ class EMState:
             suggested_label=labels.clone(),
             suggested_prob=torch.full((n,), gamma, device=device),
             gamma=torch.tensor(gamma, dtype=torch.float64, device=device),
-            corruption=off_diagonal / max(num_classes - 1, 1),
+            corruption=off_diagonal.t() / max(num_classes - 1, 1),
             align=torch.ones(num_classes, device=device),
             posterior_sum=torch.zeros(num_classes, num_classes, dtype=torch.float64, device=device),
         )
@@ -97,32 +97,27 @@ class Resampling:
 
     def __init__(self, state: EMState, kind: str):
         self.state, self.kind = state, kind
-        self.corrupted_sum = torch.zeros_like(state.posterior_sum)  # [C, C]
-        self.posterior_sum = torch.zeros_like(state.posterior_sum)  # [C, C]
-        self.class_sum = torch.zeros_like(state.posterior_sum[0])  # [C]
+        self.sums = ops.AuxEStep.empty(0, state.num_classes, state.labels.device)
 
     def add(self, index: Tensor, logits: Tensor) -> None:
         """The samples `index` [B] with the auxiliary network's logits [B, C]."""
         state = self.state
-        step = ops.aux_estep(
-            logits, state.labels[index], state.clean_prob[index], state.corruption, state.align, self.kind
-        )
+        labels, clean_prob = state.labels[index], state.clean_prob[index]
+        out = self.sums.of_others(len(index))
+        step = ops.aux_estep(logits, labels, clean_prob, state.corruption, state.align, self.kind, out)
         state.resampled_label[index] = step.resampled_label
         state.suggested_label[index] = step.suggested_label
         state.suggested_prob[index] = step.suggested_prob
         state.eps[index] = step.eps
-        self.corrupted_sum += step.corrupted_sum
-        self.posterior_sum += step.posterior_sum
-        self.class_sum += step.class_sum
 
     def finish(self, aligned: bool, smoothing: float) -> None:
         """T_c(y, j) proportional to smoothing/C + corrupted_sum, rows normalised, diagonal zero; new alignment."""
         state, c = self.state, self.state.num_classes
-        off_diagonal = 1 - torch.eye(c, dtype=torch.float64, device=self.class_sum.device)
-        counts = (self.corrupted_sum + smoothing / c) * off_diagonal
+        off_diagonal = 1 - torch.eye(c, dtype=torch.float64, device=state.labels.device)
+        counts = (self.sums.corrupted_sum + smoothing / c) * off_diagonal
         state.corruption = (counts / counts.sum(dim=1, keepdim=True).clamp_min(1e-300)).float()
-        state.posterior_sum = self.posterior_sum
+        state.posterior_sum = self.sums.posterior_sum
         if aligned:
             observed = torch.bincount(state.labels, minlength=c) / len(state.labels)
-            predicted = self.class_sum / len(state.labels)
+            predicted = self.sums.class_sum / len(state.labels)
             state.align = (observed / predicted.clamp_min(MIN_CLASS_MASS)).float()

@@ -59,27 +59,40 @@ def main_estep(logits: Tensor, labels: Tensor, gamma: Tensor, eps: Tensor) -> tu
     """Step 1: probability that each observed label is clean. Returns clean_prob [N] float32 and its sum [] float64."""
     if not native(logits):
         return reference.main_estep(logits, labels, gamma, eps)
-    return torch.ops.flywheel_fast.main_estep(logits.contiguous(), labels.contiguous(), gamma, eps.contiguous())
+    found = torch.empty_like(eps), torch.zeros_like(gamma)
+    torch.ops.flywheel_fast.main_estep(logits.contiguous(), labels.contiguous(), gamma, eps.contiguous(), *found)
+    return found
 
 
 def aux_estep(
-    logits: Tensor, labels: Tensor, clean_prob: Tensor, corruption: Tensor, align: Tensor, kind: str
+    logits: Tensor,
+    labels: Tensor,
+    clean_prob: Tensor,
+    corruption: Tensor,
+    align: Tensor,
+    kind: str,
+    out: AuxEStep | None = None,
 ) -> AuxEStep:
-    """Steps 2 and 3: resampled and suggested labels, eps, and the statistics of T_c; kind is mixture or joint."""
+    """Steps 2 and 3: resampled and suggested labels, eps, and the statistics of T_c; kind is mixture or joint.
+
+    `out` is written to and returned: its tensors [N] are overwritten, its sums are added to. Its [C, C] sums and
+    `corruption` are read without a copy where they are views `.t()` of contiguous tensors.
+    """
     joint = _is_joint(kind)
     if not native(logits):
-        return reference.aux_estep(logits, labels, clean_prob, corruption, align, kind)
-    return _aux(
-        torch.ops.flywheel_fast.aux_estep(
-            logits.contiguous(),
-            labels.contiguous(),
-            clean_prob.contiguous(),
-            corruption.contiguous(),
-            align.contiguous(),
-            joint,
-            *_by_label(logits, labels),
-        )
+        return _into(out, reference.aux_estep(logits, labels, clean_prob, corruption, align, kind))
+    out = out or AuxEStep.empty(len(labels), len(align), logits.device)
+    torch.ops.flywheel_fast.aux_estep(
+        logits.contiguous(),
+        labels.contiguous(),
+        clean_prob.contiguous(),
+        corruption.t().contiguous(),
+        align.contiguous(),
+        joint,
+        *_by_label(logits, labels),
+        *_by_observed(out),
     )
+    return out
 
 
 def em_step(
@@ -91,26 +104,37 @@ def em_step(
     corruption: Tensor,
     align: Tensor,
     kind: str,
+    out: tuple[Tensor, Tensor, AuxEStep] | None = None,
 ) -> tuple[Tensor, Tensor, AuxEStep]:
     """`main_estep` and, with its clean_prob, `aux_estep`, in one pass over both networks' logits [N, C].
 
-    Returns clean_prob [N], its sum [] float64, and the AuxEStep.
+    Returns clean_prob [N], its sum [] float64, and the AuxEStep. `out` as for `aux_estep`; its eps may be the given one.
     """
     joint = _is_joint(kind)
     if not (native(main_logits) and native(aux_logits)):
-        return reference.em_step(main_logits, aux_logits, labels, gamma, eps, corruption, align, kind)
-    clean_prob, clean_sum, *aux = torch.ops.flywheel_fast.em_step(
+        found = reference.em_step(main_logits, aux_logits, labels, gamma, eps, corruption, align, kind)
+        if out is None:
+            return found
+        out[0].copy_(found[0])
+        out[1].add_(found[1])
+        return *out[:2], _into(out[2], found[2])
+    if out is None:
+        aux = AuxEStep.empty(len(labels), len(align), main_logits.device)
+        out = torch.empty_like(eps), torch.zeros_like(gamma), aux
+    torch.ops.flywheel_fast.em_step(
         main_logits.contiguous(),
         aux_logits.contiguous(),
         labels.contiguous(),
         gamma,
         eps.contiguous(),
-        corruption.contiguous(),
+        corruption.t().contiguous(),
         align.contiguous(),
         joint,
         *_by_label(main_logits, labels),
+        *out[:2],
+        *_by_observed(out[2]),
     )
-    return clean_prob, clean_sum, _aux(aux)
+    return out
 
 
 def posterior(logits: Tensor, labels: Tensor, clean_prob: Tensor, corruption: Tensor, kind: str) -> Tensor:
@@ -119,7 +143,7 @@ def posterior(logits: Tensor, labels: Tensor, clean_prob: Tensor, corruption: Te
     if not native(logits):
         return reference.posterior(logits, labels, clean_prob, corruption, kind)
     return torch.ops.flywheel_fast.posterior(
-        logits.contiguous(), labels.contiguous(), clean_prob.contiguous(), corruption.contiguous(), joint
+        logits.contiguous(), labels.contiguous(), clean_prob.contiguous(), corruption.t().contiguous(), joint
     )
 
 
@@ -144,7 +168,8 @@ def posterior_loss(
         return reference.posterior_loss(logits, teacher_logits, labels, clean_prob, corruption, kind, confidence, delta)
     if teacher_logits is not None and teacher_logits.dtype != logits.dtype:
         logits, teacher_logits = logits.float(), teacher_logits.float()
-    teacher = [None if t is None else t.detach().contiguous() for t in (teacher_logits, clean_prob, corruption)]
+    by_label = None if corruption is None else corruption.t()  # a row for each observed label
+    teacher = [None if t is None else t.detach().contiguous() for t in (teacher_logits, clean_prob, by_label)]
     loss, _ = torch.ops.flywheel_fast.posterior_loss(
         logits.contiguous(), labels.contiguous(), *teacher, joint, confidence, delta
     )
@@ -157,15 +182,24 @@ def _is_joint(kind: str) -> bool:
     return kind == "joint"
 
 
-def _aux(found) -> AuxEStep:
+def _by_observed(out: AuxEStep) -> tuple[Tensor, ...]:
     """The native statistics have a row for each observed label; the public ones a column."""
-    resampled, suggested, suggested_prob, eps, corrupted_sum, posterior_sum, class_sum = found
-    return AuxEStep(resampled, suggested, suggested_prob, eps, corrupted_sum.t(), posterior_sum.t(), class_sum)
+    return *out[:4], out.corrupted_sum.t(), out.posterior_sum.t(), out.class_sum
+
+
+def _into(out: AuxEStep | None, found: AuxEStep) -> AuxEStep:
+    if out is None:
+        return found
+    for to, value in zip(out[:4], found[:4], strict=True):
+        to.copy_(value)
+    for to, value in zip(out[4:], found[4:], strict=True):
+        to.add_(value)
+    return out
 
 
 def _by_label(logits: Tensor, labels: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Rows in the order of their labels [N] int32 and where each label starts [C + 1] int64, where CUDA needs them."""
-    if logits.device.type != "cuda" or logits.shape[1] <= UNSORTED_CLASSES:
+    if logits.device.type != "cuda" or logits.shape[-1] <= UNSORTED_CLASSES:
         return None, None
     ordered, order = labels.sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(logits.shape[1] + 1, device=labels.device))
@@ -173,39 +207,15 @@ def _by_label(logits: Tensor, labels: Tensor) -> tuple[Tensor | None, Tensor | N
 
 
 if not _WHY_NOT:
-
-    def _fake_aux(logits: Tensor, labels: Tensor, per_sample: Tensor) -> tuple[Tensor, ...]:
-        c = logits.shape[1]
-        square, line = (logits.new_empty(shape, dtype=torch.float64) for shape in ((c, c), (c,)))
-        per_label = torch.empty_like(labels)
-        return (
-            per_label,
-            per_label.clone(),
-            torch.empty_like(per_sample),
-            torch.empty_like(per_sample),
-            square,
-            square.clone(),
-            line,
-        )
-
-    @torch.library.register_fake("flywheel_fast::main_estep")
-    def _(logits, labels, gamma, eps):
-        return torch.empty_like(eps), torch.empty_like(gamma)
-
-    @torch.library.register_fake("flywheel_fast::aux_estep")
-    def _(logits, labels, clean_prob, corruption, align, joint, order, starts):
-        return _fake_aux(logits, labels, clean_prob)
-
-    @torch.library.register_fake("flywheel_fast::em_step")
-    def _(main_logits, aux_logits, labels, gamma, eps, corruption, align, joint, order, starts):
-        return torch.empty_like(eps), torch.empty_like(gamma), *_fake_aux(main_logits, labels, eps)
+    for _op in ("main_estep", "aux_estep", "em_step"):  # they return nothing
+        torch.library.register_fake(f"flywheel_fast::{_op}", lambda *arguments: None)
 
     @torch.library.register_fake("flywheel_fast::posterior")
-    def _(logits, labels, clean_prob, corruption, joint):
+    def _(logits, labels, clean_prob, corruption_t, joint):
         return torch.empty_like(logits, dtype=torch.float32)
 
     @torch.library.register_fake("flywheel_fast::posterior_loss")
-    def _(logits, labels, teacher_logits, clean_prob, corruption, joint, confidence, delta):
+    def _(logits, labels, teacher_logits, clean_prob, corruption_t, joint, confidence, delta):
         return logits.new_empty((), dtype=torch.float32), torch.empty_like(logits)
 
     def _save_gradient(ctx, inputs, output):

@@ -26,6 +26,18 @@ class AuxEStep(NamedTuple):
     posterior_sum: Tensor  # [C, C] float64   row y, column j: sum of q(y) over the samples observed as j
     class_sum: Tensor  # [C] float64         sum of f(y)
 
+    @classmethod
+    def empty(cls, n: int, c: int, device: torch.device) -> "AuxEStep":
+        """Room for N samples, and sums of none; the [C, C] ones lie by observed label in memory, as the ops want."""
+        line = torch.zeros(c, dtype=torch.float64, device=device)
+        squares = [line.new_zeros(c, c).t() for _ in range(2)]
+        labels = [torch.empty(n, dtype=torch.int64, device=device) for _ in range(2)]
+        return cls(*labels, *(torch.empty(n, device=device) for _ in range(2)), *squares, line)
+
+    def of_others(self, n: int) -> "AuxEStep":
+        """Room for N other samples, and the same sums, to go on adding to."""
+        return AuxEStep(*(t.new_empty(n) for t in self[:4]), *self[4:])
+
 
 def _log_softmax(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=1)

@@ -191,6 +191,32 @@ def test_non_contiguous_inputs(op, device):
     check(op, {name: value if name in shared else value[::2] for name, value in operands.items()})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("c", [10, 40, 300])
+@pytest.mark.parametrize("op", ["aux_estep", "em_step"])
+def test_out_is_overwritten_and_its_sums_are_added_to(op, c, dtype):
+    given_ = of(op, inputs(100, c))
+    given_ |= {name: given_[name].to(dtype) for name in given_ if name.endswith("logits")}
+    halves = [
+        {
+            name: t[part]
+            if isinstance(t, torch.Tensor) and t.shape[:1] == (100,) and name not in ("align", "corruption")
+            else t
+            for name, t in given_.items()
+        }
+        for part in (slice(50), slice(50, 100))
+    ]
+    whole = getattr(ops, op)(**given_)
+    first = getattr(ops, op)(**halves[0])
+    aux = first if op == "aux_estep" else first[2]
+    out = aux.of_others(50) if op == "aux_estep" else (torch.empty(50), first[1], aux.of_others(50))
+    second = getattr(ops, op)(**halves[1], out=out)
+    assert all(a is b for a, b in zip(flat(second), flat(out), strict=True))
+    for found, wanted in zip(flat(second), flat(whole), strict=True):
+        wanted = wanted[50:] if wanted.shape == (100,) else wanted
+        torch.testing.assert_close(found, wanted.to(found.dtype), rtol=1e-5, atol=1e-5)
+
+
 def flat(found):
     return [t for part in found for t in flat(part)] if isinstance(found, tuple) else [found]
 
@@ -233,7 +259,10 @@ def test_opcheck(op, c):
         arguments[0].requires_grad_()
     else:
         arguments = tuple(value == "joint" if name == "kind" else value for name, value in given_.items())
-        arguments += (None, None) if op in ("aux_estep", "em_step") else ()
+        clean, aux = (torch.empty(20), torch.zeros((), dtype=torch.float64)), ops.AuxEStep.empty(20, c, "cpu")
+        aux = (*aux[:4], *(t.contiguous() for t in aux[4:]))
+        written = {"main_estep": clean, "aux_estep": (None, None, *aux), "em_step": (None, None, *clean, *aux)}
+        arguments += written.get(op, ())
     torch.library.opcheck(getattr(torch.ops.flywheel_fast, op), arguments)
 
 
@@ -289,6 +318,22 @@ def test_float64_goes_to_the_reference():
     for op in OPS[:4]:
         first = flat(getattr(ops, op)(**of(op, operands)))[0]
         assert first.dtype in (torch.float64, torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("eps", torch.empty(4), r"eps must have shape \[N\]"),
+        ("suggested_label", torch.empty(5), "suggested_label must be int64"),
+        ("corrupted_sum", torch.zeros(3, 3), "corrupted_sum must be float64"),
+        ("posterior_sum", torch.zeros(3, 3, dtype=torch.float64), "posterior_sum must be contiguous"),
+        ("class_sum", torch.zeros(4, dtype=torch.float64), r"class_sum must have shape \[C\]"),
+    ],
+)
+def test_what_is_wrong_of_out_is_named(name, value, said):
+    out = ops.AuxEStep.empty(5, 3, torch.device("cpu"))._replace(**{name: value})
+    with pytest.raises(RuntimeError, match=f"aux_estep: {said}"):
+        ops.aux_estep(**of("aux_estep", inputs(5, 3)), out=out)
 
 
 WRONG = [

@@ -6,7 +6,6 @@
 #include <memory>
 #include <numeric>
 #include <optional>
-#include <tuple>
 #include <vector>
 
 #include "../check.h"
@@ -47,7 +46,8 @@ struct Part : EmPart {
 
   void reserve(const EmStep& s, bool with_sums, bool sorted) {
     const int64_t p = padded(s.c), labels = sorted ? 1 : s.c, squares = with_sums ? labels * p * (s.joint ? 2 : 1) : 0;
-    const int64_t group = s.aux_logits ? kGroup * p : 0, rest = squares + (with_sums ? s.c + p : 0);
+    const int64_t classes = s.c <= kLaneClasses ? s.c * kGroup : p;
+    const int64_t group = s.aux_logits ? kGroup * p : 0, rest = squares + (with_sums ? s.c + classes : 0);
     floats.reset(new float[size_t(group + rest)]);
     std::fill_n(floats.get() + group, rest, 0.f);
     e = floats.get();
@@ -60,11 +60,14 @@ struct Part : EmPart {
     f32 = own32 + s.c;
     counts.assign(size_t(s.c), 0);
     count = counts.data();
-    doubles.assign(size_t(s.c + (sorted ? 4 * s.c : 2 * s.c * s.c)), 0.0);
+    doubles.assign(size_t(s.c + (sorted ? 4 * s.c : s.joint ? 2 * s.c * s.c : s.c * s.c + s.c)), 0.0);
     f = doubles.data();
-    edge = sorted ? f + s.c : nullptr;
-    r = sorted ? nullptr : f + s.c;
-    q = sorted ? nullptr : r + s.c * s.c;
+    if (sorted) {
+      edge = f + s.c;
+      return;
+    }
+    r = f + s.c;
+    (s.joint ? q : own) = r + s.c * s.c;
   }
 };
 
@@ -106,7 +109,8 @@ double run(const char* op, Float type, EmStep& s, const Sums* sums) {
     clean += part.clean;
     if (!sums) continue;
     for (int64_t k = 0; k < s.c; ++k) sums->f[k] += part.f[k];
-    for (int64_t k = 0; !sorted && k < s.c * s.c; ++k) sums->r[k] += part.r[k], sums->q[k] += part.q[k];
+    for (int64_t k = 0; !sorted && k < s.c * s.c; ++k) sums->r[k] += part.r[k], sums->q[k] += (s.joint ? part.q : part.r)[k];
+    for (int64_t k = 0; part.own && k < s.c; ++k) sums->q[k * (s.c + 1)] += part.own[k];
     for (int side = 0; sorted && side < 2; ++side)
       for (int64_t k = 0; part.edge_label[side] >= 0 && k < s.c; ++k) {
         sums->r[part.edge_label[side] * s.c + k] += part.edge[side * 2 * s.c + k];
@@ -116,67 +120,53 @@ double run(const char* op, Float type, EmStep& s, const Sums* sums) {
   return clean;
 }
 
+// The outputs of the auxiliary step: per sample they are overwritten, the sums are added to.
 struct AuxOut {
   Tensor resampled, suggested, suggested_prob, eps, r, q, f;
-  Sums sums;
-  AuxOut(EmStep& s, const Tensor& labels, const Tensor& per_sample)
-      : resampled(torch::stable::empty_like(labels)),
-        suggested(torch::stable::empty_like(labels)),
-        suggested_prob(torch::stable::empty_like(per_sample)),
-        eps(torch::stable::empty_like(per_sample)),
-        r(torch::stable::new_zeros(per_sample, {s.c, s.c}, ScalarType::Double)),
-        q(torch::stable::new_zeros(per_sample, {s.c, s.c}, ScalarType::Double)),
-        f(torch::stable::new_zeros(per_sample, {s.c}, ScalarType::Double)),
-        sums{r.mutable_data_ptr<double>(), q.mutable_data_ptr<double>(), f.mutable_data_ptr<double>()} {
+  Sums into(const char* op, EmStep& s, const Tensor& logits) {
+    check_aux_out(op, logits, resampled, suggested, suggested_prob, eps, r, q, f);
     s.resampled = resampled.mutable_data_ptr<int64_t>();
     s.suggested = suggested.mutable_data_ptr<int64_t>();
     s.suggested_prob = suggested_prob.mutable_data_ptr<float>();
     s.eps = eps.mutable_data_ptr<float>();
+    return {r.mutable_data_ptr<double>(), q.mutable_data_ptr<double>(), f.mutable_data_ptr<double>()};
   }
 };
 
-std::tuple<Tensor, Tensor> main_estep(const Tensor& logits, const Tensor& labels, const Tensor& gamma, const Tensor& eps) {
-  check_main("main_estep", logits, labels, gamma, eps);
-  Tensor clean_prob = torch::stable::empty_like(eps), sum = torch::stable::empty_like(gamma);
+void main_estep(const Tensor& logits, const Tensor& labels, const Tensor& gamma, const Tensor& eps, Tensor clean_prob, Tensor clean_sum) {
+  check_main("main_estep", logits, labels, gamma, eps, clean_prob, clean_sum);
   EmStep s = {logits.size(0), logits.size(1), labels.const_data_ptr<int64_t>()};
   with_main(s, logits, gamma, eps, clean_prob);
-  *sum.mutable_data_ptr<double>() = run("main_estep", float_type(logits), s, nullptr);
-  return {clean_prob, sum};
+  *clean_sum.mutable_data_ptr<double>() += run("main_estep", float_type(logits), s, nullptr);
 }
 
-using Aux = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-Aux aux_estep(const Tensor& logits, const Tensor& labels, const Tensor& clean_prob, const Tensor& corruption, const Tensor& align,
-              bool joint, std::optional<Tensor>, std::optional<Tensor>) {
-  check_aux("aux_estep", logits, labels, clean_prob, corruption, &align);
+void aux_estep(const Tensor& logits, const Tensor& labels, const Tensor& clean_prob, const Tensor& corruption_t, const Tensor& align, bool joint,
+               std::optional<Tensor>, std::optional<Tensor>, Tensor resampled, Tensor suggested, Tensor suggested_prob, Tensor eps, Tensor r,
+               Tensor q, Tensor f) {
+  check_aux("aux_estep", logits, labels, clean_prob, corruption_t, &align);
   EmStep s = {logits.size(0), logits.size(1), labels.const_data_ptr<int64_t>()};
   s.clean_in = clean_prob.const_data_ptr<float>();
-  const AuxTables tables(s, logits, corruption, &align, joint);
-  AuxOut out(s, labels, clean_prob);
-  run("aux_estep", float_type(logits), s, &out.sums);
-  return {out.resampled, out.suggested, out.suggested_prob, out.eps, out.r, out.q, out.f};
+  const AuxTables tables(s, logits, corruption_t, &align, joint);
+  const Sums sums = AuxOut{resampled, suggested, suggested_prob, eps, r, q, f}.into("aux_estep", s, logits);
+  run("aux_estep", float_type(logits), s, &sums);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> em_step(
-    const Tensor& main_logits, const Tensor& aux_logits, const Tensor& labels, const Tensor& gamma, const Tensor& eps,
-    const Tensor& corruption, const Tensor& align, bool joint, std::optional<Tensor>, std::optional<Tensor>) {
-  check_main("em_step", main_logits, labels, gamma, eps);
-  check_logits_pair("em_step", "aux_logits", aux_logits, main_logits, main_logits.size(0));
-  check_corruption("em_step", corruption, main_logits);
-  check_align("em_step", align, main_logits);
-  Tensor clean_prob = torch::stable::empty_like(eps), sum = torch::stable::empty_like(gamma);
+void em_step(const Tensor& main_logits, const Tensor& aux_logits, const Tensor& labels, const Tensor& gamma, const Tensor& eps,
+             const Tensor& corruption_t, const Tensor& align, bool joint, std::optional<Tensor>, std::optional<Tensor>, Tensor clean_prob,
+             Tensor clean_sum, Tensor resampled, Tensor suggested, Tensor suggested_prob, Tensor eps_out, Tensor r, Tensor q, Tensor f) {
+  check_em_step(main_logits, aux_logits, labels, gamma, eps, corruption_t, align, clean_prob, clean_sum);
   EmStep s = {main_logits.size(0), main_logits.size(1), labels.const_data_ptr<int64_t>()};
   with_main(s, main_logits, gamma, eps, clean_prob);
-  const AuxTables tables(s, aux_logits, corruption, &align, joint);
-  AuxOut out(s, labels, eps);
-  *sum.mutable_data_ptr<double>() = run("em_step", float_type(main_logits), s, &out.sums);
-  return {clean_prob, sum, out.resampled, out.suggested, out.suggested_prob, out.eps, out.r, out.q, out.f};
+  const AuxTables tables(s, aux_logits, corruption_t, &align, joint);
+  const Sums sums = AuxOut{resampled, suggested, suggested_prob, eps_out, r, q, f}.into("em_step", s, main_logits);
+  *clean_sum.mutable_data_ptr<double>() += run("em_step", float_type(main_logits), s, &sums);
 }
 
-Tensor posterior_q(const Tensor& logits, const Tensor& labels, const Tensor& clean_prob, const Tensor& corruption, bool joint) {
-  check_aux("posterior", logits, labels, clean_prob, corruption, nullptr);
+Tensor posterior_q(const Tensor& logits, const Tensor& labels, const Tensor& clean_prob, const Tensor& corruption_t, bool joint) {
+  check_aux("posterior", logits, labels, clean_prob, corruption_t, nullptr);
   EmStep s = {logits.size(0), logits.size(1), labels.const_data_ptr<int64_t>()};
   s.clean_in = clean_prob.const_data_ptr<float>();
-  const AuxTables tables(s, logits, corruption, nullptr, joint);
+  const AuxTables tables(s, logits, corruption_t, nullptr, joint);
   Tensor q = torch::stable::new_empty(clean_prob, {s.n, s.c});
   s.q = q.mutable_data_ptr<float>();
   run("posterior", float_type(logits), s, nullptr);

@@ -11,14 +11,15 @@ using flywheel::EmPart;
 using flywheel::EmStep;
 using flywheel::kFlush;
 using flywheel::kGroup;
+using flywheel::kLaneClasses;
+constexpr int64_t kWideClasses = 256;  // above, sixteen rows of terms would not stay in the first cache
 static_assert(kGroup == kLanes);
-constexpr int64_t kLaneClasses = 32;
 
 // Sixteen rows of the [N, C] logits and their labels; past `count` they repeat the first one.
 template <class T>
 struct Rows {
   const T* x[kGroup];
-  int64_t room[kGroup];  // elements from x[i] to the end of the tensor
+  bool roomy;  // padded(C) elements of each row can be read without leaving the tensor
   Vi label;
 };
 
@@ -32,18 +33,28 @@ struct SeenAux : Seen {
   Vi p_class, f_class;
 };
 
+// A row's last vector, where `count` < 16 elements are its own.
 template <class T>
-inline Vf load_within(const T* p, int64_t count, int64_t room, float rest) {
-  if (count >= kLanes) return load(p);
-  if (room < kLanes) return load_some(p, int(count), rest);
+inline Vf load_tail(const T* p, int64_t count, bool roomy, float rest) {
+  if (!roomy) return load_some(p, int(count), rest);
   return kLane < int32_t(count) ? load(p) : splat(rest);
+}
+// Calls f(k, load) for k = 0, 16, ... < c, where load(p, roomy, rest) reads classes k.. of a row of c.
+template <class F>
+inline __attribute__((always_inline)) void each_vector(int64_t c, const F& f) {
+  int64_t k = 0;
+  for (; k + kLanes <= c; k += kLanes) f(k, [](const auto* p, bool, float) __attribute__((always_inline)) { return load(p); });
+  if (k < c) f(k, [&](const auto* p, bool roomy, float rest) __attribute__((always_inline)) { return load_tail(p, c - k, roomy, rest); });
 }
 
 // The group as columns: column[k] holds element k of sixteen rows.
 template <int kBlocks, class T>
 inline void columns_of(const Rows<T>& rows, int64_t c, Vf* column) {
   for (int b = 0; b < kBlocks; ++b) {
-    for (int i = 0; i < kGroup; ++i) column[b * kLanes + i] = load_within(rows.x[i] + b * kLanes, c - b * kLanes, rows.room[i] - b * kLanes, 0.f);
+    for (int i = 0; i < kGroup; ++i) {
+      const T* x = rows.x[i] + b * kLanes;
+      column[b * kLanes + i] = rows.roomy || c >= (b + 1) * kLanes ? load(x) : load_some(x, int(c - b * kLanes), 0.f);
+    }
     transpose16(column + b * kLanes);
   }
 }
@@ -66,8 +77,9 @@ Seen see_lanes(const Rows<T>& rows, int64_t c) {
   return seen;
 }
 
+// Adds softmax(x) of the first `count` rows to the sums of `f` [C, 16], a row a lane, where they are wanted.
 template <int kBlocks, class T>
-SeenAux see_aux_lanes(const Rows<T>& rows, const EmStep& s, float* e) {
+SeenAux see_aux_lanes(const Rows<T>& rows, int count, const EmStep& s, float* e, float* f_sums) {
   constexpr int64_t kPadded = kBlocks * kLanes;
   Vf column[kPadded];
   columns_of<kBlocks>(rows, s.c, column);
@@ -77,6 +89,8 @@ SeenAux see_aux_lanes(const Rows<T>& rows, const EmStep& s, float* e) {
   seen.p_most = splat(-1.f);
   seen.p_class = seen.f_class = Vi{};
   Vf f_most = splat(-1.f);
+  const Vf inverse = kLane < count ? 1.f / seen.sum : splat(0.f);
+  for (int64_t k = 0; f_sums && k < s.c; ++k) store(f_sums + k * kLanes, load(f_sums + k * kLanes) + column[k] * inverse);
   for (int64_t k = 0; k < s.c; ++k) {
     const float* shown_as = s.corruption + k * kPadded;
     const Vf t = kBlocks == 1 ? pick(load(shown_as), rows.label) : pick(load(shown_as), load(shown_as + kLanes), rows.label);
@@ -102,9 +116,12 @@ template <class T>
 inline Vf tops_of(const Rows<T>& rows, int count, int64_t c) {
   Vf top[kGroup];
   for (int i = 0; i < kGroup; ++i) {
-    top[i] = splat(-__builtin_inff());
+    Vf top_ = splat(-__builtin_inff());
     if (i < count)
-      for (int64_t k = 0; k < c; k += kLanes) top[i] = max(top[i], load_within(rows.x[i] + k, c - k, rows.room[i] - k, -__builtin_inff()));
+      each_vector(c, [&](int64_t k, auto load_) __attribute__((always_inline)) {
+        top_ = max(top_, load_(rows.x[i] + k, rows.roomy, -__builtin_inff()));
+      });
+    top[i] = top_;
   }
   return maxima_of(top);
 }
@@ -114,11 +131,15 @@ Seen see_rows(const Rows<T>& rows, int count, int64_t c) {
   const Vf top = tops_of(rows, count, c);
   Vf sum[kGroup], own = {};
   for (int i = 0; i < kGroup; ++i) {
-    sum[i] = splat(0.f);
-    if (i >= count) continue;
-    for (int64_t k = 0; k < c; k += kLanes)
-      sum[i] += exp_nonpositive(load_within(rows.x[i] + k, c - k, rows.room[i] - k, -__builtin_inff()) - top[i]);
-    own[i] = to_float(rows.x[i][rows.label[i]]);
+    Vf sum_ = splat(0.f);
+    const Vf top_ = splat(top[i]);
+    if (i < count) {
+      each_vector(c, [&](int64_t k, auto load_) __attribute__((always_inline)) {
+        sum_ += exp_nonpositive(load_(rows.x[i] + k, rows.roomy, -__builtin_inff()) - top_);
+      });
+      own[i] = to_float(rows.x[i][rows.label[i]]);
+    }
+    sum[i] = sum_;
   }
   return {sums_of(sum), exp_nonpositive(own - top)};
 }
@@ -147,12 +168,14 @@ SeenAux see_aux_rows(const Rows<T>& rows, int count, const EmStep& s, float* e) 
     Vf sum_ = splat(0.f), shown_ = splat(0.f), p_most_ = splat(-1.f), f_most_ = splat(-1.f);
     Vi p_class_ = {}, f_class_ = {}, class_of = kLane;
     if (i < count) {
-      const float* t = s.corruption_t + rows.label[i] * padded;
+      const int64_t label = rows.label[i];
+      const float* t = s.corruption_t + label * s.width;
+      const bool roomy_t = s.width > s.c || label + 1 < s.c;  // another row of the table follows
       const Vf top_ = splat(top[i]);
-      for (int64_t k = 0; k < padded; k += kLanes, class_of += kLanes) {
-        const Vf v = exp_nonpositive(load_within(rows.x[i] + k, s.c - k, rows.room[i] - k, -__builtin_inff()) - top_);
+      each_vector(s.c, [&](int64_t k, auto load_) __attribute__((always_inline)) {
+        const Vf v = exp_nonpositive(load_(rows.x[i] + k, rows.roomy, -__builtin_inff()) - top_);
         store(e + i * padded + k, v);
-        const Vf p = v * load(t + k), f = v * load(s.align + k);
+        const Vf p = v * load_(t + k, roomy_t, 0.f), f = v * load(s.align + k);
         const Vi more_p = p > p_most_, more_f = f > f_most_;
         sum_ += v;
         shown_ += p;
@@ -160,7 +183,8 @@ SeenAux see_aux_rows(const Rows<T>& rows, int count, const EmStep& s, float* e) 
         p_class_ = more_p ? class_of : p_class_;
         f_most_ = max(f_most_, f);
         f_class_ = more_f ? class_of : f_class_;
-      }
+        class_of += kLanes;
+      });
       e_own[i] = e[i * padded + rows.label[i]];
       t_own[i] = t[rows.label[i]];
     }
@@ -177,133 +201,142 @@ SeenAux see_aux_rows(const Rows<T>& rows, int count, const EmStep& s, float* e) 
   return seen;
 }
 
-// Moves a label's float32 statistics to float64.
+// Moves a label's float32 statistics to float64. They are sums of m e(k): corruption(k, label) is the same for all of them.
 inline void flush(const EmStep& s, EmPart& part, int64_t label) {
+  const float* t = s.corruption_t + label * s.width;
   float* r32 = part.r32 + label * part.stride;
   float* q32 = s.joint ? part.q32 + label * part.stride : r32;
-  double *r = part.r + label * s.c, *q = part.q + label * s.c;
+  double *r = part.r + label * s.c, *q = part.q ? part.q + label * s.c : nullptr;
   for (int side = 0; side < 2; ++side)
     if (part.edge_label[side] == label) r = part.edge + side * 2 * s.c, q = r + s.c;
-  for (int64_t k = 0; k < s.c; ++k) r[k] += double(r32[k]), q[k] += double(q32[k]);
-  q[label] += double(part.own32[label]);
+  for (int64_t k = 0; k < s.c; ++k) r[k] += double(t[k]) * double(r32[k]);
+  for (int64_t k = 0; q && k < s.c; ++k) q[k] += double(t[k]) * double(q32[k]);
+  (q ? q[label] : part.own[label]) += double(part.own32[label]);
   const size_t bytes = sizeof(float) * size_t(flywheel::padded(s.c));
   std::memset(r32, 0, bytes);
-  std::memset(q32, 0, bytes);
+  if (s.joint) std::memset(q32, 0, bytes);
   part.own32[label] = 0;
   part.count[label] = 0;
 }
 inline void flush_classes(const EmStep& s, EmPart& part) {
-  for (int64_t k = 0; k < s.c; ++k) part.f[k] += double(part.f32[k]), part.f32[k] = 0;
+  const int64_t lanes = s.c <= kLaneClasses ? kLanes : 1;
+  for (int64_t k = 0; k < s.c * lanes; ++k) part.f[k / lanes] += double(part.f32[k]), part.f32[k] = 0;
 }
 
-inline void add_row(const EmStep& s, EmPart& part, const float* e, int64_t label, float inverse, flywheel::Posterior<float> m) {
+// softmax(x) of sixteen rows, where a row is not a lane, to the sums of every class.
+inline void add_classes(const EmStep& s, EmPart& part, int count, Vf inverse) {
   const int64_t padded = flywheel::padded(s.c);
-  const float* t = s.corruption_t + label * padded;
-  float *r = part.r32 + label * part.stride, *q = part.q32 + label * part.stride, *f = part.f32;
   for (int64_t k = 0; k < padded; k += kLanes) {
-    const Vf v = load(e + k), p = v * load(t + k);
-    store(f + k, load(f + k) + v * inverse);
-    store(r + k, load(r + k) + p * m.r);
-    if (s.joint) store(q + k, load(q + k) + p * m.q);
+    Vf sum = load(part.f32 + k);
+    for (int i = 0; i < count; ++i) sum += load(part.e + i * padded + k) * inverse[i];
+    store(part.f32 + k, sum);
+  }
+}
+
+inline void add_row(const EmStep& s, EmPart& part, const float* e, int64_t label, flywheel::Posterior<float> m) {
+  const int64_t padded = flywheel::padded(s.c);
+  float *r = part.r32 + label * part.stride, *q = part.q32 + label * part.stride;
+  for (int64_t k = 0; k < padded; k += kLanes) {
+    store(r + k, load(r + k) + load(e + k) * m.r);
+    if (s.joint) store(q + k, load(q + k) + load(e + k) * m.q);
   }
   part.own32[label] += m.own;
   if (++part.count[label] == kFlush) flush(s, part, label);
 }
 
 inline void write_q(const EmStep& s, const float* e, int64_t row, int64_t label, flywheel::Posterior<float> m) {
-  const float* t = s.corruption_t + label * flywheel::padded(s.c);
+  const float* t = s.corruption_t + label * s.width;
   float* q = s.q + row * s.c;
   for (int64_t k = 0; k < s.c; ++k) q[k] = m.q * (e[k] * t[k]);
   q[label] += m.own;
 }
 
+// Rows row[0..count) of [n, c].
 template <class T>
-inline void gather_rows(Rows<T>& rows, const T* x, const EmStep& s, const int64_t* row, int count) {
+inline void gather_rows(Rows<T>& rows, const void* logits, int64_t n, int64_t c, const int64_t* row, int count) {
+  int64_t last = row[0];
   for (int i = 0; i < kGroup; ++i) {
     const int64_t at = row[i < count ? i : 0];
-    rows.x[i] = x + at * s.c;
-    rows.room[i] = (s.n - at) * s.c;
+    rows.x[i] = static_cast<const T*>(logits) + at * c;
+    last = at > last ? at : last;
   }
+  rows.roomy = (n - last) * c >= flywheel::padded(c);
 }
 
 template <class T>
 void em_step_rows(const EmStep& s, EmPart& part, int64_t begin, int64_t end) {
   int64_t last_label = -1, since_flush = 0;
-  for (int64_t at = begin; at < end; at += kGroup) {
-    const int count = int(end - at < kGroup ? end - at : kGroup);
-    int64_t row[kGroup];
-    Rows<T> rows;
-    rows.label = Vi{};
+  Vd8 clean = {};
+  const int64_t group = s.c > kWideClasses ? kGroup / 4 : kGroup;
+  for (int64_t at = begin; at < end; at += group) {
+    const int count = int(end - at < group ? end - at : group);
+    const bool in_a_row = count == kGroup && !s.order;  // what is per sample lies in whole vectors
+    int64_t row[kGroup], label[kGroup];
     for (int i = 0; i < kGroup; ++i) {
-      row[i] = i >= count ? row[0] : s.order ? s.order[at + i] : at + i;
-      const int64_t label = s.labels[row[i]];
-      if (label < 0 || label >= s.c) {
-        part.bad = row[i];
-        return;
-      }
-      rows.label[i] = int32_t(label);
+      const int64_t position = at + (i < count ? i : 0);
+      row[i] = s.order ? s.order[position] : position;
+      label[i] = s.labels[row[i]];
+    }
+    Rows<T> rows;
+    if (!load_labels(label, s.c, rows.label)) {
+      for (int i = kGroup - 1; i >= 0; --i)
+        if (label[i] < 0 || label[i] >= s.c) part.bad = row[i];
+      return;
     }
     const auto gathered = [&](const float* from) {
+      if (in_a_row) return load(from + at);
       Vf v = {};
       for (int i = 0; i < count; ++i) v[i] = from[row[i]];
-      return s.order || count < kGroup ? v : load(from + at);
+      return v;
+    };
+    const auto put_each = [&](auto* to, auto v) {
+      if (in_a_row) return store(to + at, v);
+      for (int i = 0; i < count; ++i) to[row[i]] = v[i];
     };
 
     Vf w;
     if (s.main_logits) {
-      gather_rows(rows, static_cast<const T*>(s.main_logits), s, row, count);
+      gather_rows(rows, s.main_logits, s.n, s.c, row, count);
       const Seen seen = s.c <= kLanes ? see_lanes<1>(rows, s.c) : s.c <= kLaneClasses ? see_lanes<2>(rows, s.c) : see_rows(rows, count, s.c);
       w = flywheel::clean_prob(seen.e_own, seen.sum, s.prior, gathered(s.main_eps));
-      for (int i = 0; i < count; ++i) part.clean += double(s.clean_prob[row[i]] = w[i]);
+      put_each(s.clean_prob, w);
+      add_to(clean, kLane < count ? w : splat(0.f));
     } else {
       w = gathered(s.clean_in);
     }
     if (!s.aux_logits) continue;
 
-    gather_rows(rows, static_cast<const T*>(s.aux_logits), s, row, count);
-    const SeenAux seen = s.c <= kLanes         ? see_aux_lanes<1>(rows, s, part.e)
-                         : s.c <= kLaneClasses ? see_aux_lanes<2>(rows, s, part.e)
+    gather_rows(rows, s.aux_logits, s.n, s.c, row, count);
+    float* f_sums = part.sums ? part.f32 : nullptr;
+    const SeenAux seen = s.c <= kLanes         ? see_aux_lanes<1>(rows, count, s, part.e, f_sums)
+                         : s.c <= kLaneClasses ? see_aux_lanes<2>(rows, count, s, part.e, f_sums)
                                                : see_aux_rows(rows, count, s, part.e);
     const auto m = flywheel::posterior(s.joint, w, seen.e_own, seen.sum, seen.shown);
-    const Vf inverse = 1.f / seen.sum, q_own = m.q * seen.p_own + m.own, q_most = m.q * seen.p_most;
-    const Vi other = (q_most > q_own) | ((q_most == q_own) & (seen.p_class < rows.label));
-    const Vi suggested = other ? seen.p_class : rows.label;
-    const Vf suggested_prob = other ? q_most : q_own;
-    const int64_t padded = flywheel::padded(s.c);
-    for (int i = 0; i < count; ++i) {
-      if (s.eps) {
-        s.resampled[row[i]] = seen.f_class[i];
-        s.suggested[row[i]] = suggested[i];
-        s.suggested_prob[row[i]] = suggested_prob[i];
-        s.eps[row[i]] = m.eps[i];
-      }
-      const int64_t label = rows.label[i];
-      const flywheel::Posterior<float> own = {m.r[i], m.q[i], m.own[i], m.eps[i]};
-      if (s.q) write_q(s, part.e + i * padded, row[i], label, own);
-      if (part.sums) {
-        if (part.stride == 0 && label != last_label && last_label >= 0) flush(s, part, last_label);
-        last_label = label;
-        add_row(s, part, part.e + i * padded, label, inverse[i], own);
-      }
+    if (s.eps) {
+      const Vf q_own = m.q * seen.p_own + m.own, q_most = m.q * seen.p_most;
+      const Vi other = (q_most > q_own) | ((q_most == q_own) & (seen.p_class < rows.label));
+      put_each(s.resampled, seen.f_class);
+      put_each(s.suggested, other ? seen.p_class : rows.label);
+      put_each(s.suggested_prob, other ? q_most : q_own);
+      put_each(s.eps, m.eps);
     }
-    if (part.sums && (since_flush += count) >= kFlush) flush_classes(s, part), since_flush = 0;
+    const int64_t padded = flywheel::padded(s.c);
+    for (int i = 0; i < count && (s.q || part.sums); ++i) {
+      const flywheel::Posterior<float> own = {m.r[i], m.q[i], m.own[i], m.eps[i]};
+      if (s.q) write_q(s, part.e + i * padded, row[i], label[i], own);
+      if (!part.sums) continue;
+      if (part.stride == 0 && label[i] != last_label && last_label >= 0) flush(s, part, last_label);
+      last_label = label[i];
+      add_row(s, part, part.e + i * padded, label[i], own);
+    }
+    if (!part.sums) continue;
+    if (s.c > kLaneClasses) add_classes(s, part, count, 1.f / seen.sum);
+    if ((since_flush += count) >= kFlush) flush_classes(s, part), since_flush = 0;
   }
+  for (int l = 0; l < 8; ++l) part.clean += clean[l];
   if (!part.sums) return;
   for (int64_t j = 0; j < s.c; ++j)
     if (part.count[j]) flush(s, part, j);
   flush_classes(s, part);
-}
-
-// Columns [begin, end) of [C, C], in squares of sixteen, to rows of [C, padded].
-inline void transpose_columns(const float* from, int64_t c, float* to, int64_t begin, int64_t end) {
-  const int64_t padded = flywheel::padded(c);
-  for (int64_t j = begin; j < end; j += kLanes)
-    for (int64_t k = 0; k < c; k += kLanes) {
-      Vf square[kLanes];
-      for (int i = 0; i < kLanes; ++i)
-        square[i] = k + i < c ? load_within(from + (k + i) * c + j, c - j, (c - k - i) * c - j, 0.f) : splat(0.f);
-      transpose16(square);
-      for (int i = 0; i < kLanes && j + i < end; ++i) store(to + (j + i) * padded + k, square[i]);
-    }
 }
 }  // namespace

@@ -8,6 +8,7 @@
 namespace flywheel {
 enum class Float { kFp32, kBf16, kFp16 };
 constexpr int64_t kGroup = 16;     // rows that are worked on together
+constexpr int64_t kLaneClasses = 32; // up to so many classes a row is a lane; above, vectors run along the row
 constexpr int64_t kFlush = 256;    // samples whose statistics are added in float32 before they join a float64 sum
 
 static inline int64_t padded(int64_t c) { return (c + 15) / 16 * 16; }
@@ -21,7 +22,8 @@ struct EmStep {
   const float* main_eps = nullptr;             // [N]
   const void* aux_logits = nullptr;            // [N, C]; absent in main_estep
   const float* clean_in = nullptr;             // [N]; where the main network's logits are absent
-  const float* corruption_t = nullptr;         // [C, padded]: row observed label, zeros after C
+  const float* corruption_t = nullptr;         // [C, width]: row observed label
+  int64_t width = 0;                           // padded(C) with zeros after C where a row is a lane, else C
   const float* corruption = nullptr;           // [C, padded]: row true class; up to 32 classes only
   const float* align = nullptr;                // [padded], zeros after C
   bool joint = false;
@@ -42,9 +44,9 @@ struct EmPart {
   float *r32 = nullptr, *q32 = nullptr;        // [C or 1, padded]
   float *own32 = nullptr;                      // [C]
   int32_t* count = nullptr;                    // [C]
-  float* f32 = nullptr;                        // [padded]
-  double *r = nullptr, *q = nullptr;           // [C, C], row observed label
-  double* f = nullptr;                         // [C]
+  float* f32 = nullptr;                        // [padded], or [C, 16] where a row is a lane
+  double *r = nullptr, *q = nullptr;           // [C, C], row observed label; without q it is r plus `own` on its diagonal
+  double *own = nullptr, *f = nullptr;         // [C]
   int64_t edge_label[2] = {-1, -1};            // labels whose rows other parts have too ...
   double* edge = nullptr;                      // ... their sums [2, r and q, C] are added later, in order
 };
@@ -62,7 +64,6 @@ struct Kernels {
   void (*em_step)(Float type, const EmStep& step, EmPart& part, int64_t begin, int64_t end);
   // Sum of the losses of samples [begin, end); `rows` is [3, kGroup, padded]. -1 or a row with a bad label in `bad`.
   double (*posterior_loss)(Float type, const PosteriorLoss& loss, float* rows, int64_t begin, int64_t end, int64_t* bad);
-  void (*transpose)(const float* from, int64_t c, float* to, int64_t begin, int64_t end);  // [C, C] -> [C, padded]
 };
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
 

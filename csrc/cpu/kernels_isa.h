@@ -18,6 +18,5 @@ const Kernels FLYWHEEL_TABLE = {
         default: return posterior_loss_rows<fp16>(loss, rows, begin, end, bad);
       }
     },
-    transpose_columns,
 };
 }  // namespace flywheel

@@ -34,25 +34,22 @@ inline void with_main(EmStep& s, const Tensor& logits, const Tensor& gamma, cons
   s.clean_prob = clean_prob.mutable_data_ptr<float>();
 }
 
-// The corruption matrix and the alignment weights, padded to whole vectors.
+// The tables of the auxiliary step as the kernels want them.
 struct AuxTables {
   std::unique_ptr<float[]> floats;
-  AuxTables(EmStep& s, const Tensor& logits, const Tensor& corruption, const Tensor* align, bool joint) {
+  AuxTables(EmStep& s, const Tensor& logits, const Tensor& corruption_t, const Tensor* align, bool joint) {
     const int64_t p = padded(s.c);
-    const bool both = s.c <= 32;
-    floats.reset(new float[size_t(s.c * p * (both ? 2 : 1) + p)]);
-    float *t = floats.get(), *a = t + s.c * p, *plain = a + p;
-    const float* from = corruption.const_data_ptr<float>();
-    in_parallel((s.c + 15) / 16, [&](int64_t b) { kernels().transpose(from, s.c, t, 16 * b, std::min(16 * b + 16, s.c)); });
-    std::fill_n(a, p, align ? 0.f : 1.f);
-    if (align) std::copy_n(align->const_data_ptr<float>(), s.c, a);
-    for (int64_t k = 0; both && k < s.c; ++k) {
-      std::copy_n(from + k * s.c, s.c, plain + k * p);
-      std::fill_n(plain + k * p + s.c, p - s.c, 0.f);
-    }
+    const bool lanes = s.c <= kLaneClasses;
+    floats.reset(new float[size_t(lanes ? p + 2 * s.c * p : p)]());
+    float *a = floats.get(), *by_label = a + p, *by_class = by_label + s.c * p;
+    const float* t = corruption_t.const_data_ptr<float>();
+    for (int64_t k = 0; k < s.c; ++k) a[k] = align ? align->const_data_ptr<float>()[k] : 1.f;
+    for (int64_t k = 0; lanes && k < s.c; ++k)
+      for (int64_t j = 0; j < s.c; ++j) by_class[k * p + j] = by_label[j * p + k] = t[j * s.c + k];
     s.aux_logits = logits.data_ptr();
-    s.corruption_t = t;
-    s.corruption = both ? plain : nullptr;
+    s.corruption_t = lanes ? by_label : t;
+    s.width = lanes ? p : s.c;
+    s.corruption = lanes ? by_class : nullptr;
     s.align = a;
     s.joint = joint;
   }

@@ -14,14 +14,14 @@ namespace {
 constexpr int64_t kBlockElements = 1 << 13;
 
 std::tuple<Tensor, Tensor> posterior_loss(const Tensor& logits, const Tensor& labels, std::optional<Tensor> teacher,
-                                          std::optional<Tensor> clean_prob, std::optional<Tensor> corruption, bool joint,
+                                          std::optional<Tensor> clean_prob, std::optional<Tensor> corruption_t, bool joint,
                                           double confidence, double delta) {
-  const int64_t n = check_posterior_loss(logits, labels, teacher, clean_prob, corruption), c = logits.size(1);
+  const int64_t n = check_posterior_loss(logits, labels, teacher, clean_prob, corruption_t), c = logits.size(1);
   EmStep s = {n, c, labels.const_data_ptr<int64_t>()};
   std::optional<AuxTables> tables;
   if (teacher) {
     s.clean_in = clean_prob->const_data_ptr<float>();
-    tables.emplace(s, *teacher, *corruption, nullptr, joint);
+    tables.emplace(s, *teacher, *corruption_t, nullptr, joint);
   }
   Tensor gradient = torch::stable::empty_like(logits), mean = torch::stable::new_empty(logits, {}, ScalarType::Float);
   const int64_t views = n ? logits.size(0) / n : 1;

@@ -11,15 +11,18 @@ template <class T>
 inline void targets(const PosteriorLoss& a, const int64_t* sample, int count, Rows<T>& rows, float* e, float* q) {
   const EmStep& s = *a.teacher;
   const int64_t padded = flywheel::padded(s.c);
-  gather_rows(rows, static_cast<const T*>(s.aux_logits), s, sample, count);
+  gather_rows(rows, s.aux_logits, s.n, s.c, sample, count);
   const SeenAux seen = see_aux_rows(rows, count, s, e);
   Vf w = {};
   for (int i = 0; i < count; ++i) w[i] = s.clean_in[sample[i]];
   const auto m = flywheel::posterior(s.joint, w, seen.e_own, seen.sum, seen.shown);
   for (int i = 0; i < count; ++i) {
-    const float* t = s.corruption_t + rows.label[i] * padded;
-    for (int64_t k = 0; k < padded; k += kLanes) store(q + i * padded + k, load(e + i * padded + k) * load(t + k) * m.q[i]);
-    q[i * padded + rows.label[i]] += m.own[i];
+    const int64_t label = rows.label[i];
+    const float* t = s.corruption_t + label * s.width;
+    each_vector(s.width, [&](int64_t k, auto load_) __attribute__((always_inline)) {
+      store(q + i * padded + k, load(e + i * padded + k) * load_(t + k, label + 1 < s.c, 0.f) * m.q[i]);
+    });
+    q[i * padded + label] += m.own[i];
   }
 }
 
@@ -28,21 +31,19 @@ double posterior_loss_rows(const PosteriorLoss& a, float* scratch, int64_t begin
   const int64_t c = a.c, padded = flywheel::padded(c);
   float *e = scratch, *q = scratch + kGroup * padded, *g = scratch + 2 * kGroup * padded;
   const float per_class = 1.f / float(c);
-  EmStep shape = {a.n, c, a.labels};
   double total = 0;
   for (int64_t at = begin; at < end; at += kGroup) {
     const int count = int(end - at < kGroup ? end - at : kGroup);
-    int64_t sample[kGroup];
-    Rows<T> rows;
-    rows.label = Vi{};
+    int64_t sample[kGroup], label[kGroup];
     for (int i = 0; i < kGroup; ++i) {
       sample[i] = at + (i < count ? i : 0);
-      const int64_t label = a.labels[sample[i]];
-      if (label < 0 || label >= c) {
-        *bad = sample[i];
-        return 0;
-      }
-      rows.label[i] = int32_t(label);
+      label[i] = a.labels[sample[i]];
+    }
+    Rows<T> rows;
+    if (!load_labels(label, c, rows.label)) {
+      for (int i = kGroup - 1; i >= 0; --i)
+        if (label[i] < 0 || label[i] >= c) *bad = sample[i];
+      return 0;
     }
     if (a.teacher) {
       targets(a, sample, count, rows, e, q);
@@ -51,22 +52,23 @@ double posterior_loss_rows(const PosteriorLoss& a, float* scratch, int64_t begin
       for (int i = 0; i < count; ++i) q[i * padded + rows.label[i]] = 1.f;
     }
     for (int64_t view = 0; view < a.views; ++view) {
-      gather_rows(rows, static_cast<const T*>(a.logits) + view * a.n * c, shape, sample, count);
-      for (int i = 0; i < kGroup; ++i) rows.room[i] += (a.views - 1 - view) * a.n * c;
+      int64_t row[kGroup];
+      for (int i = 0; i < kGroup; ++i) row[i] = view * a.n + sample[i];
+      gather_rows(rows, a.logits, a.views * a.n, c, row, count);
       const Vf top = tops_of(rows, count, c);
       Vf part[kGroup], q_sum[kGroup], fit[kGroup], slope[kGroup], floor[kGroup];
       for (int i = 0; i < kGroup; ++i) {
         part[i] = q_sum[i] = fit[i] = slope[i] = floor[i] = splat(0.f);
         if (i >= count) continue;
         const Vf top_ = splat(top[i]);
-        for (int64_t k = 0; k < padded; k += kLanes) {
-          const Vf x = load_within(rows.x[i] + k, c - k, rows.room[i] - k, -__builtin_inff()) - top_;
+        each_vector(c, [&](int64_t k, auto load_) __attribute__((always_inline)) {
+          const Vf x = load_(rows.x[i] + k, rows.roomy, -__builtin_inff()) - top_;
           const Vf v = exp_nonpositive(x), target = load(q + i * padded + k);
           store(g + i * padded + k, v);
           part[i] += v;
           q_sum[i] += target;
           fit[i] += target == 0.f ? splat(0.f) : target * x;  // a class without a share costs nothing, at -inf too
-        }
+        });
       }
       const Vf sum = sums_of(part), shares = sums_of(q_sum), inverse = 1.f / sum;
       Vf loss = log_positive(sum) * shares - sums_of(fit), mean_slope = {};

@@ -172,12 +172,12 @@ __global__ void __launch_bounds__(kThreads) add_blocks(EmOperands a, const doubl
   const int own = a.joint ? 2 * square : square;
   if (k < square) {
     const double r = total(k);
-    store(a.r_sum + k, r);
-    store(a.q_sum + k, (a.joint ? total(square + k) : r) + (k % (c + 1) == 0 ? total(own + k / c) : 0.0));
+    add_to(a.r_sum + k, r);
+    add_to(a.q_sum + k, (a.joint ? total(square + k) : r) + (k % (c + 1) == 0 ? total(own + k / c) : 0.0));
   } else if (k < square + line) {
-    store(a.f_sum + k - square, total(own + line + k - square));
+    add_to(a.f_sum + k - square, total(own + line + k - square));
   } else if (k == square + line && a.clean_sum) {
-    store(a.clean_sum, total(width - 1));
+    add_to(a.clean_sum, total(width - 1));
   }
 }
 
@@ -287,9 +287,10 @@ __global__ void __launch_bounds__(kThreads, 3) team_per_row(EmOperands a, double
 #pragma unroll
     for (int v = 0; v < kValues; ++v) {
       if (at(v) < c) {
-        const bool own = to.own == nullptr && at(v) == last;
-        store(to.r + at(v), double(r_sum[v]));
-        if (to.q) store(to.q + at(v), double(a.joint ? q_sum[v] : r_sum[v]) + (own ? double(own_sum) : 0.0));
+        const bool result = to.own == nullptr;
+        const auto put_sum = [&](double* to_, double sum) { result ? add_to(to_, sum) : store(to_, sum); };
+        put_sum(to.r + at(v), r_sum[v]);
+        if (to.q) put_sum(to.q + at(v), double(a.joint ? q_sum[v] : r_sum[v]) + (result && at(v) == last ? double(own_sum) : 0.0));
       }
       r_sum[v] = q_sum[v] = 0;
     }
@@ -430,14 +431,15 @@ __global__ void __launch_bounds__(kThreads) block_per_row(EmOperands a, double* 
       store(a.q + i * c + k, m.q * (e[k] * load(t + k)) + (k == label ? m.own : 0.f));
     if (a.r_sum) {
       const Place to(a, space, me, begin, end, label);
-      const auto add = [](double* sum, double term, bool fresh) { store(sum, fresh ? term : load(sum) + term); };
+      const bool result = to.own == nullptr, first = label != last && !result;  // a team's own sums begin with their first term
+      const auto add = [](double* sum, double term, bool fresh) { fresh ? store(sum, term) : add_to(sum, term); };
       for (int k = threadIdx.x; k < c; k += kThreads) {
         const float p = e[k] * load(t + k);
-        add(to.r + k, m.r * p, label != last);
-        if (to.q) add(to.q + k, double(m.q * p) + (to.own == nullptr && k == label ? double(m.own) : 0.0), label != last);
+        add(to.r + k, m.r * p, first);
+        if (to.q) add(to.q + k, double(m.q * p) + (result && k == label ? double(m.own) : 0.0), first);
         add(space.f + me * c + k, e[k] / seen.sum, last < 0);
       }
-      if (to.own && threadIdx.x == 0) add(to.own, m.own, label != last);
+      if (!result && threadIdx.x == 0) add(to.own, m.own, first);
       last = label;
     }
   }
@@ -452,13 +454,13 @@ __global__ void __launch_bounds__(kThreads) add_edges(EmOperands a, double* work
     double clean = 0;
     if (threadIdx.x != 0 || !a.clean_sum) return;
     for (int64_t team = 0; team < ranges.teams; ++team) clean += load(space.clean + team);
-    return store(a.clean_sum, clean);
+    return add_to(a.clean_sum, clean);
   }
   if (label == c) {
     for (int k = threadIdx.x; k < c; k += kThreads) {
       double sum = 0;
       for (int64_t block = 0; block < ranges.blocks; ++block) sum += load(space.f + block * c + k);
-      store(a.f_sum + k, sum);
+      add_to(a.f_sum + k, sum);
     }
     return;
   }
@@ -474,8 +476,8 @@ __global__ void __launch_bounds__(kThreads) add_edges(EmOperands a, double* work
       q += a.joint ? load(space.edge + edge * edge_width(a) + c + k) : part;
       if (k == label) q += load(space.own + edge);
     }
-    store(a.r_sum + int64_t(label) * c + k, r);
-    store(a.q_sum + int64_t(label) * c + k, q);
+    add_to(a.r_sum + int64_t(label) * c + k, r);
+    add_to(a.q_sum + int64_t(label) * c + k, q);
   }
 }
 

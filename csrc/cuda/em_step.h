@@ -24,8 +24,8 @@ struct EmOperands {
   int64_t *resampled, *suggested; // [N] out, or absent together with the next two
   float *suggested_prob, *eps;    // [N] out
   float* q;                       // [N, C] out
-  double *r_sum, *q_sum, *f_sum;  // [C, C] row observed label, zeroed, the same, [C]; out, or absent
-  double* clean_sum;              // [] out, or absent
+  double *r_sum, *q_sum, *f_sum;  // [C, C] row observed label, the same, [C]: added to, or absent
+  double* clean_sum;              // []: added to, or absent
   const int32_t* order;           // [N] rows sorted by label: where sums are wanted of more than 32 classes
   const int64_t* starts;          // [C + 1] where each label starts in it
 };

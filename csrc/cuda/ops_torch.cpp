@@ -24,7 +24,6 @@ void* stream_of(const Tensor& t) {
 void check_classes(const char* op, const Tensor& logits) {
   STD_TORCH_CHECK(logits.size(1) <= kWidestClasses, op, ": at most ", kWidestClasses, " classes on CUDA, not ", logits.size(1));
 }
-Tensor transposed(const Tensor& corruption) { return torch::stable::contiguous(torch::stable::transpose(corruption, 0, 1)); }
 
 EmOperands operands(const Tensor& logits, const Tensor& labels) {
   EmOperands a = {};
@@ -55,16 +54,17 @@ void run(const EmOperands& a, const Tensor& logits) {
   em_step_cuda(float_type(logits), a, workspace.mutable_data_ptr<double>(), stream_of(logits));
 }
 
+void with_aux(EmOperands& a, const Tensor& logits, const Tensor& corruption_t, bool joint) {
+  a.joint = joint;
+  a.aux_logits = logits.data_ptr();
+  a.corruption_t = corruption_t.const_data_ptr<float>();
+}
+
+// The outputs of the auxiliary step: per sample they are overwritten, the sums are added to.
 struct AuxOut {
   Tensor resampled, suggested, suggested_prob, eps, r, q, f;
-  AuxOut(EmOperands& a, const Tensor& labels, const Tensor& per_sample, const Tensor& align)
-      : resampled(torch::stable::empty_like(labels)),
-        suggested(torch::stable::empty_like(labels)),
-        suggested_prob(torch::stable::empty_like(per_sample)),
-        eps(torch::stable::empty_like(per_sample)),
-        r(torch::stable::new_zeros(per_sample, {a.c, a.c}, ScalarType::Double)),
-        q(torch::stable::new_zeros(per_sample, {a.c, a.c}, ScalarType::Double)),
-        f(torch::stable::new_zeros(per_sample, {a.c}, ScalarType::Double)) {
+  void into(const char* op, EmOperands& a, const Tensor& logits, const Tensor& align) {
+    check_aux_out(op, logits, resampled, suggested, suggested_prob, eps, r, q, f);
     a.align = align.const_data_ptr<float>();
     a.resampled = resampled.mutable_data_ptr<int64_t>();
     a.suggested = suggested.mutable_data_ptr<int64_t>();
@@ -76,83 +76,66 @@ struct AuxOut {
   }
 };
 
-std::tuple<Tensor, Tensor> main_estep(const Tensor& logits, const Tensor& labels, const Tensor& gamma, const Tensor& eps) {
-  check_main("main_estep", logits, labels, gamma, eps);
+void main_estep(const Tensor& logits, const Tensor& labels, const Tensor& gamma, const Tensor& eps, Tensor clean_prob, Tensor clean_sum) {
+  check_main("main_estep", logits, labels, gamma, eps, clean_prob, clean_sum);
   check_classes("main_estep", logits);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  Tensor clean_prob = torch::stable::empty_like(eps), sum = torch::stable::new_zeros(gamma, {});
   EmOperands a = operands(logits, labels);
-  with_main(a, logits, gamma, eps, clean_prob, sum);
+  with_main(a, logits, gamma, eps, clean_prob, clean_sum);
   run(a, logits);
-  return {clean_prob, sum};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> aux_estep(
-    const Tensor& logits, const Tensor& labels, const Tensor& clean_prob, const Tensor& corruption, const Tensor& align, bool joint,
-    std::optional<Tensor> order, std::optional<Tensor> starts) {
-  check_aux("aux_estep", logits, labels, clean_prob, corruption, &align);
+void aux_estep(const Tensor& logits, const Tensor& labels, const Tensor& clean_prob, const Tensor& corruption_t, const Tensor& align, bool joint,
+               std::optional<Tensor> order, std::optional<Tensor> starts, Tensor resampled, Tensor suggested, Tensor suggested_prob, Tensor eps,
+               Tensor r, Tensor q, Tensor f) {
+  check_aux("aux_estep", logits, labels, clean_prob, corruption_t, &align);
   check_classes("aux_estep", logits);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   EmOperands a = operands(logits, labels);
   with_order("aux_estep", a, logits, order, starts);
-  const Tensor t = transposed(corruption);
-  a.joint = joint;
-  a.aux_logits = logits.data_ptr();
+  with_aux(a, logits, corruption_t, joint);
   a.clean_in = clean_prob.const_data_ptr<float>();
-  a.corruption_t = t.const_data_ptr<float>();
-  AuxOut out(a, labels, clean_prob, align);
+  AuxOut{resampled, suggested, suggested_prob, eps, r, q, f}.into("aux_estep", a, logits, align);
   run(a, logits);
-  return {out.resampled, out.suggested, out.suggested_prob, out.eps, out.r, out.q, out.f};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> em_step(
-    const Tensor& main_logits, const Tensor& aux_logits, const Tensor& labels, const Tensor& gamma, const Tensor& eps,
-    const Tensor& corruption, const Tensor& align, bool joint, std::optional<Tensor> order, std::optional<Tensor> starts) {
-  check_main("em_step", main_logits, labels, gamma, eps);
-  check_logits_pair("em_step", "aux_logits", aux_logits, main_logits, main_logits.size(0));
-  check_corruption("em_step", corruption, main_logits);
-  check_align("em_step", align, main_logits);
+void em_step(const Tensor& main_logits, const Tensor& aux_logits, const Tensor& labels, const Tensor& gamma, const Tensor& eps,
+             const Tensor& corruption_t, const Tensor& align, bool joint, std::optional<Tensor> order, std::optional<Tensor> starts,
+             Tensor clean_prob, Tensor clean_sum, Tensor resampled, Tensor suggested, Tensor suggested_prob, Tensor new_eps, Tensor r, Tensor q,
+             Tensor f) {
+  check_em_step(main_logits, aux_logits, labels, gamma, eps, corruption_t, align, clean_prob, clean_sum);
   check_classes("em_step", main_logits);
   const torch::stable::accelerator::DeviceGuard guard(main_logits.get_device_index());
-  Tensor clean_prob = torch::stable::empty_like(eps), sum = torch::stable::new_zeros(gamma, {});
   EmOperands a = operands(main_logits, labels);
-  with_main(a, main_logits, gamma, eps, clean_prob, sum);
+  with_main(a, main_logits, gamma, eps, clean_prob, clean_sum);
   with_order("em_step", a, main_logits, order, starts);
-  const Tensor t = transposed(corruption);
-  a.joint = joint;
-  a.aux_logits = aux_logits.data_ptr();
-  a.corruption_t = t.const_data_ptr<float>();
-  AuxOut out(a, labels, eps, align);
+  with_aux(a, aux_logits, corruption_t, joint);
+  AuxOut{resampled, suggested, suggested_prob, new_eps, r, q, f}.into("em_step", a, main_logits, align);
   run(a, main_logits);
-  return {clean_prob, sum, out.resampled, out.suggested, out.suggested_prob, out.eps, out.r, out.q, out.f};
 }
 
-Tensor posterior_q(const Tensor& logits, const Tensor& labels, const Tensor& clean_prob, const Tensor& corruption, bool joint) {
-  check_aux("posterior", logits, labels, clean_prob, corruption, nullptr);
+Tensor posterior_q(const Tensor& logits, const Tensor& labels, const Tensor& clean_prob, const Tensor& corruption_t, bool joint) {
+  check_aux("posterior", logits, labels, clean_prob, corruption_t, nullptr);
   check_classes("posterior", logits);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   EmOperands a = operands(logits, labels);
-  const Tensor t = transposed(corruption);
+  with_aux(a, logits, corruption_t, joint);
   Tensor q = torch::stable::new_empty(clean_prob, {a.n, a.c});
-  a.joint = joint;
-  a.aux_logits = logits.data_ptr();
   a.clean_in = clean_prob.const_data_ptr<float>();
-  a.corruption_t = t.const_data_ptr<float>();
   a.q = q.mutable_data_ptr<float>();
   run(a, logits);
   return q;
 }
 
 std::tuple<Tensor, Tensor> posterior_loss(const Tensor& logits, const Tensor& labels, std::optional<Tensor> teacher,
-                                          std::optional<Tensor> clean_prob, std::optional<Tensor> corruption, bool joint,
+                                          std::optional<Tensor> clean_prob, std::optional<Tensor> corruption_t, bool joint,
                                           double confidence, double delta) {
   LossOperands a = {};
-  a.n = check_posterior_loss(logits, labels, teacher, clean_prob, corruption);
+  a.n = check_posterior_loss(logits, labels, teacher, clean_prob, corruption_t);
   STD_TORCH_CHECK(logits.size(1) <= kWidestClasses / 2, "posterior_loss: at most ", kWidestClasses / 2, " classes on CUDA, not ", logits.size(1));
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   Tensor gradient = torch::stable::empty_like(logits), loss = torch::stable::new_empty(logits, {}, ScalarType::Float);
   Tensor partial = torch::stable::new_empty(logits, {a.n}, ScalarType::Double);
-  std::optional<Tensor> t;
   a.c = int(logits.size(1));
   a.views = a.n ? logits.size(0) / a.n : 1;
   a.joint = joint;
@@ -161,10 +144,9 @@ std::tuple<Tensor, Tensor> posterior_loss(const Tensor& logits, const Tensor& la
   a.logits = logits.data_ptr();
   a.labels = labels.const_data_ptr<int64_t>();
   if (teacher) {
-    t = transposed(*corruption);
     a.teacher_logits = teacher->data_ptr();
     a.clean_prob = clean_prob->const_data_ptr<float>();
-    a.corruption_t = t->const_data_ptr<float>();
+    a.corruption_t = corruption_t->const_data_ptr<float>();
   }
   a.gradient = gradient.data_ptr();
   a.partial = partial.mutable_data_ptr<double>();

@@ -52,6 +52,8 @@ __host__ __device__ __forceinline__ T least(T a, T b) { return a > b ? b : a; }
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+// Of a number that one thread owns: not atomic.
+__device__ __forceinline__ void add_to(double* p, double v) { store(p, load(p) + v); }
 __device__ __forceinline__ void put(float* p, float x) { store(p, x); }
 __device__ __forceinline__ void put(__nv_bfloat16* p, float x) { store(p, __float2bfloat16(x)); }
 __device__ __forceinline__ void put(__half* p, float x) { store(p, __float2half(x)); }

@@ -163,7 +163,9 @@ def build(
         objects = [str(path) for path in pool.map(compile_one, units)]
     driver = folder / f"driver-{sanitizer}-{key(*objects)}"
     if not driver.exists():
-        run(["g++", *own_flags.split(), *objects, "-o", str(driver)])
+        part = driver.with_suffix(f".{os.getpid()}")  # another process may build the same
+        run(["g++", *own_flags.split(), *objects, "-o", str(part)])
+        part.rename(driver)
     return driver
 
 
