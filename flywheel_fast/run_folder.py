@@ -9,7 +9,8 @@ from flywheel_fast.errors import BadInput
 
 CHECKPOINT = Path("weights", "last.pt")
 LOG = "train.log"
-OWN = {"config.yaml", "env.json", "metrics.csv", "noise.npz", LOG, "weights", "labels", "plots"}  # what a run writes
+# What a run writes.
+OWN = {"config.yaml", "env.json", "metrics.csv", "result.json", "noise.npz", LOG, "weights", "labels", "plots"}
 
 
 def resumable(folder: Path) -> bool:

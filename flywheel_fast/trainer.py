@@ -23,9 +23,12 @@ from flywheel_fast.learner import Learner, OptimConfig
 from flywheel_fast.screen import Screen
 
 PHASES = ("data", "infer", "train", "em", "eval", "save")
+MEASURES = (
+    *("test_acc_main", "test_acc_aux", "gamma", "true_clean", "selection_auroc", "refurbish_acc"),
+    *("classes_alive", "selection_ap", "posterior_acc"),
+)
 COLUMNS = (
-    *("cycle", "test_acc_main", "test_acc_aux", "gamma", "true_clean", "selection_auroc", "refurbish_acc"),
-    *("classes_alive", "selection_ap", "posterior_acc", "loss_main", "loss_aux", "lr"),
+    *("cycle", *MEASURES, "loss_main", "loss_aux", "lr"),
     *(f"sec_{phase}" for phase in PHASES),
 )
 # Between a run and its resumption; moved data are recognised by their files and labels.
@@ -244,6 +247,7 @@ class Trainer:
             if labels:
                 audit.write_labels(labels, self.out / "labels")
             audit.write_plots(labels, self.out / "metrics.csv", self.out / "plots")
+        checkpoint.write_atomic(self.out / "result.json", json.dumps(self._record(), indent=2).encode())
         self.screen.table("\nResult", self._result(labels))
 
     def _labels(self) -> audit.Labels:
@@ -259,6 +263,21 @@ class Trainer:
             suggested_prob=state.suggested_prob.cpu().numpy(),
             posterior_sum=state.posterior_sum.cpu().numpy(),
         )
+
+    def _record(self) -> dict:
+        """For result.json: what tables of runs are made of."""
+        last = {name: self.history[-1][name] for name in MEASURES if name in self.history[-1]}
+        looks = {name: [row[name] for row in self.history if name in row] for name in ("test_acc_main", "test_acc_aux")}
+        names = self.train_set.classes
+        return {
+            **last,
+            **{f"best_{name}": max(values) for name, values in looks.items() if values},
+            "images": len(self.train_set.labels),
+            "epochs": len(self.history),
+            "seconds": round(sum(_seconds(row) for row in self.history), 1),
+            "noise_sha256": noise.digest(self.noisy_labels),
+            "merged": {names[gone]: names[into] for gone, into in self.cycle.state.merged_classes()},
+        }
 
     def _result(self, labels: audit.Labels | None) -> list[tuple[str, str]]:
         row, n = self.history[-1], len(self.train_set.labels)
