@@ -117,7 +117,7 @@ def resolve(path: Path, run: Run) -> Config:
 
 
 def begun_with(run: Run, config: Config, out: Path) -> int | None:
-    """Threads of the run that was cut off in this one's folder, to go on by as many. Raises BadInput for another run."""
+    """Threads of the run that was cut off in this one's folder: it goes on by as many. BadInput if it is another."""
     path = out / run.name / "config.yaml"
     if not path.exists():
         return None

@@ -19,8 +19,8 @@ the test set; the best epoch is shown, not used.
 ## Each method
 
 `passes`: forward passes an image over the run, a backward pass counted as two, test images left out. `main`: accuracy
-of the main network. AUROC, AP (average precision): of finding the wrong labels. `merged`: classes lost, on
-average.
+of the main network. AUROC, AP (average precision): of finding the wrong labels. `refurbished right`, `posterior right`:
+share of the resampled labels, and of the posterior's classes, that are true. `merged`: classes lost, on average.
 
 {body}
 
