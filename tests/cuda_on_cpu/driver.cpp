@@ -346,10 +346,10 @@ int main(int argc, char** argv) {
     if (!edges && !few) all_of<__half>("float16", few);
     if (edges) {  // ragged and misaligned, on few rows
       type_name = "any";
-      for (int c : {2, 10, 14, 32, 50, 100, 300, 2049})
-        for (int64_t n : {1, 64, 129})
+      for (int64_t n : {1, 64, 129})  // the smallest first: each kernel's faults show there, as a rule
+        for (int c : {2, 10, 14, 32, 50, 100, 300, 2049})
           for (size_t ahead : {0, 1}) {
-            em_step_case<float>({n, c, true, true, true, ahead, n == 129, n == 129});
+            em_step_case<float>({n, c, true, true, true, ahead, n == 129, n == 64});
             em_step_case<float>({n, c, false, false, false, ahead});
             em_step_case<__nv_bfloat16>({n, c, true, false, false, ahead});
             loss_case<float>({n, c, false, true, false, ahead}, 2, 0.1f);
