@@ -1,9 +1,9 @@
 """The CUDA kernels, executed on the CPU under emulation: against the oracle, under sanitizers, counted, and compiled.
 
 FLYWHEEL_REQUIRE_CUDA=1 turns what would be skipped into failures. Every barrier of the kernels is left out and every
-bound moved one too far, one at a time, in one build for each of two sanitizers: some two minutes of one core, with the
-builds and the runs without a fault. FLYWHEEL_ALL_FAULTS=1 plants the
-other kinds of fault too, each in a build of its own; by default one for each sanitizer.
+bound moved one too far, one at a time, in one build for each of two sanitizers: about two minutes of one core, with the
+builds. FLYWHEEL_ALL_FAULTS=1 plants the other kinds of fault too, each in a build of its own; by default one for each
+sanitizer.
 """
 
 import csv
