@@ -1,8 +1,8 @@
-"""Times every op against eager PyTorch, torch.compile, and a copy of as many bytes; appends rows and prints the table.
+"""Times every op against eager PyTorch, torch.compile, a copy of as many bytes and as many exps; prints the table.
 
     python -m benchmarks.ops [--quick] [--device cuda] [--append benchmarks/results/ops.csv]
 
-The four candidates take turns in one process, so that a busy machine slows them alike; ratios are of medians.
+The candidates take turns in one process, so that a busy machine slows them alike; ratios are of medians.
 """
 
 import argparse
@@ -62,6 +62,8 @@ def candidates(op: str, arguments: tuple, compiled: bool) -> dict:
         source = torch.randint(255, (moved // 2,), dtype=torch.uint8, device=logits.device)
         target = torch.empty_like(source)
         found["copy"] = lambda: target.copy_(source)
+        terms = torch.empty_like(logits)  # one exp a logit, and nothing else
+        found["exp"] = lambda: [torch.exp(logits, out=terms) for _ in range(passes)]
     return found
 
 
@@ -110,15 +112,19 @@ def main() -> None:
         parser.error(f"native ops {why_not}")
     versions = f"torch {torch.__version__}; {torch.cuda.get_device_name() if chosen.device == 'cuda' else 'CPU'}"
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    print(f"{'op':<15}{'C':>5}{'N':>9} {'dtype':<9}{'native us':>11}{'x eager':>9}{'x compile':>10}{'of copy':>9}")
+    columns = {"eager": "x eager", "compile": "x compile", "copy": "of copy", "exp": "of exp"}
+    print(
+        f"{'op':<15}{'C':>5}{'N':>9} {'dtype':<9}{'native us':>11}",
+        *(f"{name:>10}" for name in columns.values()),
+        sep="",
+    )
     for op, c, n, dtype, compiled in cells(chosen.quick):
         functions = candidates(op, operands(op, n, c, dtype, chosen.device), compiled)
         times = measure(functions, chosen.device, 0.6 if chosen.quick else 2.0)
         median = {name: t[len(t) // 2] for name, t in times.items()}
-        others = ("eager", "compile", "copy")
-        ratios = [f"{median[other] / median['native']:.2f}" if other in median else "-" for other in others]
+        ratios = [f"{median[other] / median['native']:.2f}" if other in median else "-" for other in columns]
         name = str(dtype).removeprefix("torch.")
-        cells_ = (f"{ratio:>{width}}" for ratio, width in zip(ratios, (9, 10, 9), strict=True))
+        cells_ = (f"{ratio:>10}" for ratio in ratios)
         print(f"{op:<15}{c:>5}{n:>9} {name:<9}{median['native']:>11.1f}", *cells_, sep="", flush=True)
         if chosen.append:
             where = (op, c, n, name, chosen.device, torch.get_num_threads())
