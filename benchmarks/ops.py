@@ -36,7 +36,7 @@ def operands(op: str, n: int, c: int, dtype: torch.dtype, device: str) -> tuple:
         "main_estep": (main, labels, gamma, per_sample),
         "aux_estep": (aux, labels, per_sample, corruption, align, "mixture"),
         "em_step": (main, aux, labels, gamma, per_sample, corruption, align, "mixture"),
-        "posterior_loss": (main.requires_grad_(), aux, labels, per_sample, corruption, "mixture", 0.1),
+        "posterior_loss": (main.detach().requires_grad_(), aux, labels, per_sample, corruption, "mixture", 0.1),
     }[op]
 
 

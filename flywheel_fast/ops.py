@@ -108,7 +108,7 @@ def em_step(
 ) -> tuple[Tensor, Tensor, AuxEStep]:
     """`main_estep` and, with its clean_prob, `aux_estep`, in one pass over both networks' logits [N, C].
 
-    Returns clean_prob [N], its sum [] float64, and the AuxEStep. `out` as for `aux_estep`; its eps may be the given one.
+    Returns clean_prob [N], its sum [] float64, and the AuxEStep. `out` as for `aux_estep`; its eps may be eps.
     """
     joint = _is_joint(kind)
     if not (native(main_logits) and native(aux_logits)):

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from conftest import CLASSES
+from PIL import Image
 
 from flywheel_fast.data import noise, sources
 from flywheel_fast.data.noise import NoiseConfig
@@ -177,6 +178,50 @@ def test_asymmetric_noise_follows_its_map_at_its_rate():
     assert moved == [[750, 250, 0], [0, 1000, 0], [250, 0, 750]]
 
 
+def test_pair_noise_moves_to_the_next_class():
+    noisy = noise.apply(TRUE, CLASSES, NoiseConfig("pair", 0.4))
+    moved = [[int(np.sum((TRUE == y) & (noisy == j))) for j in range(3)] for y in range(3)]
+    assert moved == [[600, 400, 0], [0, 600, 400], [400, 0, 600]]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """300 images; those of one class look alike in two ways, by turns."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    looks = rng.integers(256, size=(3, 2, 20, 20, 3))
+    for i in range(300):
+        look = np.clip(looks[i // 100, i % 2] + rng.normal(0, 1, (20, 20, 3)), 0, 255)
+        Image.fromarray(look.astype(np.uint8)).save(root / f"{i}.png")
+    return root, np.array([f"{i}.png" for i in range(300)])
+
+
+def test_instance_noise_depends_on_the_image(pictures):
+    true, config = np.repeat(np.arange(3), 100), NoiseConfig("instance", 0.4, seed=3)
+    noisy = noise.apply(true, CLASSES, config, *pictures)
+    assert np.array_equal(noisy, noise.apply(true, CLASSES, config, *pictures))
+    assert not np.array_equal(noisy, noise.apply(true, CLASSES, NoiseConfig("instance", 0.4, seed=4), *pictures))
+    assert not np.any(noise.apply(true, CLASSES, NoiseConfig("instance", 0.0), *pictures) != true)
+    assert 0.3 < np.mean(noisy != true) < 0.5
+    for label in range(3):  # images that look alike go wrong alike
+        for half in range(2):
+            wrong = [n for n in noisy[(true == label) & (np.arange(300) % 2 == half)] if n != label]
+            assert np.bincount(wrong, minlength=3).max() > 0.9 * len(wrong)
+
+
+def test_an_image_that_instance_noise_cannot_read_is_named(pictures, tmp_path):
+    (tmp_path / "0.png").write_text("no image")
+    with pytest.raises(BadInput, match=r"0\.png: cannot be read"):
+        noise.apply(TRUE[:1], CLASSES, NoiseConfig("instance", 0.4), tmp_path, np.array(["0.png"]))
+
+
+def test_imbalance_leaves_a_geometric_row_of_classes(folder):
+    config = DataConfig(imbalance=10, train_size=1000, noise=NoiseConfig("symmetric", 0.0))
+    counts = np.bincount(load(config).train.true_labels)
+    assert counts.tolist() == [round(100 * 10 ** (-label / 9)) for label in range(10)]
+    with pytest.raises(ValueError, match="data.imbalance must be at least 1, not 0.5"):
+        DataConfig(imbalance=0.5)
+
+
 def test_labels_come_back_from_every_kind_of_file(tmp_path):
     noisy = noise.apply(TRUE, CLASSES, NoiseConfig("symmetric", 0.4))
     noise.save(tmp_path / "a.npz", noisy)
@@ -251,7 +296,7 @@ def test_bad_noise_tables_are_named(tmp_path, text, said):
     (tmp_path / "n.csv").write_text(text)
     with pytest.raises(BadInput, match=rf"n\.csv: .*{said}"):
         noise.apply(
-            np.zeros(2, np.int64), CLASSES, NoiseConfig("file", file=str(tmp_path / "n.csv")), np.array(["a", "b"])
+            np.zeros(2, np.int64), CLASSES, NoiseConfig("file", file=str(tmp_path / "n.csv")), files=np.array(["a", "b"])
         )
 
 

@@ -2,11 +2,13 @@
 
 import difflib
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import Image
+from rich.progress import track
 
 from flywheel_fast.data.manifest import read_columns
 from flywheel_fast.errors import BadInput
@@ -14,11 +16,13 @@ from flywheel_fast.errors import BadInput
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    kind: Literal["none", "symmetric", "asymmetric", "file"] = "none"
-    """none: labels as they are; symmetric: any class; asymmetric: by `mapping`; file: labels from `file`. Other than
-    with none, the source's own labels count as the true ones."""
+    kind: Literal["none", "symmetric", "asymmetric", "pair", "instance", "file"] = "none"
+    """none: labels as they are; symmetric: any class; asymmetric: by `mapping`; pair: the next class; instance: by what
+    is in the image (Xia et al. 2020); file: labels from `file`. Other than with none, the source's own labels count as
+    the true ones."""
     rate: float = 0.0
-    """Share of the samples (asymmetric: of each mapped class) whose label is drawn anew."""
+    """Share of the samples whose label is drawn anew: of each (mapped) class with asymmetric and pair; on average with
+    instance."""
     exclude_true: bool = False
     """Symmetric noise draws over the other classes only, so that `rate` is the share of wrong labels."""
     mapping: dict[str, str] = field(default_factory=dict)
@@ -43,14 +47,23 @@ class NoiseConfig:
 
 
 def apply(
-    labels: np.ndarray, classes: tuple[str, ...], config: NoiseConfig, files: np.ndarray | None = None
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    config: NoiseConfig,
+    root: Path = Path(),
+    files: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Noisy labels [N] int64 for true labels [N] int64; `files` [N] str for noise files that name them."""
+    """Noisy labels [N] int64 for true labels [N] int64; `files` [N] str under `root`, for noise that looks at them."""
     rng = np.random.default_rng(config.seed)
     if config.kind == "symmetric":
         return _symmetric(labels, len(classes), config, rng)
     if config.kind == "asymmetric":
         return _asymmetric(labels, classes, config, rng)
+    if config.kind == "pair":
+        following = dict(zip(classes, classes[1:] + classes[:1], strict=True))
+        return _asymmetric(labels, classes, replace(config, mapping=following), rng)
+    if config.kind == "instance":
+        return _instance(labels, len(classes), config.rate, [root / file for file in files], rng)
     if config.kind == "file":
         return _from_file(len(labels), classes, Path(config.file), config.key, files)
     return labels
@@ -88,6 +101,42 @@ def _asymmetric(
         members = rng.permutation(np.flatnonzero(labels == classes.index(source)))
         noisy[members[: round(config.rate * len(members))]] = classes.index(target)
     return noisy
+
+
+def _instance(
+    labels: np.ndarray, num_classes: int, rate: float, paths: list[Path], rng: np.random.Generator
+) -> np.ndarray:
+    """Xia et al., "Part-dependent Label Noise", NeurIPS 2020, Algorithm 2: a sample's rate is drawn from a normal
+    distribution around `rate`, cut to [0, 1]; its wrong class by a random projection of the image, one a class."""
+    rates = np.empty(0)
+    while len(rates) < len(labels):
+        drawn = rng.normal(rate, 0.1, len(labels))
+        rates = np.concatenate([rates, drawn[(drawn >= 0) & (drawn <= 1)]])
+    rates = rates[: len(labels)] if rate > 0 else np.zeros(len(labels))
+    images = np.stack(
+        [_pixels(path) for path in track(paths, "reading images for the noise", transient=True)]
+    )  # [N, S]
+    noisy = labels.copy()
+    for label in range(num_classes):
+        members = np.flatnonzero(labels == label)
+        scores = images[members] @ rng.standard_normal((images.shape[1], num_classes), dtype=np.float32)  # [members, C]
+        scores[:, label] = -np.inf
+        wrong = np.exp(scores - scores.max(axis=1, keepdims=True))
+        chance = rates[members, None] * wrong / wrong.sum(axis=1, keepdims=True)
+        chance[:, label] = 1 - rates[members]
+        drawn = rng.random(len(members))[:, None]
+        noisy[members] = np.minimum((chance.cumsum(axis=1) < drawn).sum(axis=1), num_classes - 1)
+    return noisy
+
+
+def _pixels(path: Path) -> np.ndarray:
+    """An image as [3072] float32 around zero, at 32 x 32."""
+    try:
+        with Image.open(path) as image:
+            small = image.convert("RGB").resize((32, 32))
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error}); remove it or replace it") from error
+    return (np.asarray(small, dtype=np.float32).reshape(-1) / 255 - 0.5) / 0.25
 
 
 def _from_file(n: int, classes: tuple[str, ...], path: Path, key: str | None, files: np.ndarray | None) -> np.ndarray:

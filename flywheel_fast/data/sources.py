@@ -28,6 +28,9 @@ class DataConfig:
     """The folder, or the CSV file (its paths are relative to it)."""
     train_size: int | None = None
     """Train on a seeded subset of this many samples, equally many of each class of the source."""
+    imbalance: float = 1.0
+    """How many times more samples the first class keeps than the last, those between in a geometric row (Cui et al.
+    2019); the first one keeps what it has, or its part of train_size."""
     test_size: int | None = None
     """Likewise for the test split."""
     holdout: float = 0.1
@@ -48,6 +51,8 @@ class DataConfig:
         for name in ("train_size", "test_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+        if self.imbalance < 1:
+            raise ValueError(f"data.imbalance must be at least 1, not {self.imbalance}")
         if self.seed < 0:
             raise ValueError(f"data.seed must not be negative, not {self.seed}")
         if self.threads < 1:
@@ -67,11 +72,14 @@ def load(config: DataConfig) -> Data:
         raise BadInput(f"{train.root}: holds one class only ({train.classes[0]!r}); a classifier needs at least two")
     if test is None:
         train, test = _set_aside(train, config)
-    source_labels, noisy = train.labels, noise.apply(train.labels, train.classes, config.noise, train.files)
+    source_labels, noisy = train.labels, noise.apply(train.labels, train.classes, config.noise, train.root, train.files)
     if config.noise.kind != "none":
         train = Manifest(train.root, train.files, noisy, train.classes, true_labels=source_labels)
     if config.train_size:
-        train = train.subset(_balanced(source_labels, train.classes, config.train_size, config.seed, "data.train_size"))
+        chosen = _balanced(source_labels, train.classes, config.train_size, config.seed, "data.train_size")
+        train, source_labels = train.subset(chosen), source_labels[chosen]
+    if config.imbalance > 1:
+        train = train.subset(_long_tailed(source_labels, len(train.classes), config.imbalance, config.seed))
     if config.test_size:
         test = test.subset(_balanced(test.labels, test.classes, config.test_size, config.seed, "data.test_size"))
     return Data(train, test, noisy)
@@ -105,6 +113,16 @@ def _balanced(labels: np.ndarray, classes: tuple[str, ...], size: int, seed: int
                 f"{key}={size} asks for {wanted} images of class {name!r}, which has {len(members)}; lower it"
             )
         chosen.append(members[:wanted])
+    return np.sort(np.concatenate(chosen))
+
+
+def _long_tailed(labels: np.ndarray, num_classes: int, imbalance: float, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    first = np.count_nonzero(labels == 0)
+    chosen = []
+    for label in range(num_classes):
+        wanted = max(1, round(first * imbalance ** (-label / (num_classes - 1))))
+        chosen.append(rng.permutation(np.flatnonzero(labels == label))[:wanted])
     return np.sort(np.concatenate(chosen))
 
 
