@@ -136,7 +136,8 @@ def passes(cycle: CycleConfig, epochs: int) -> int:
         return 3 * epochs
     views = 2 + (cycle.contrastive > 0)
     each = 3 + (1 + 1 + 3 * views + 1) + (cycle.target == "soft_q")  # main M-step; E-steps, f's M-step, resampling
-    return 9 * cycle.warmup + each * (epochs - cycle.warmup)
+    once = 3 * (cycle.noise_model == "anchors" and epochs > cycle.warmup)
+    return 9 * cycle.warmup + each * (epochs - cycle.warmup) + once
 
 
 # -- the queue ---------------------------------------------------------------------------------------------------------

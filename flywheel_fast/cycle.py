@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flywheel_fast.em import EMState, Resampling
+from flywheel_fast.em import Anchors, EMState, Resampling
 from flywheel_fast.learner import Learner
 from flywheel_fast.losses import ntxent
 
@@ -32,6 +32,9 @@ class CycleConfig:
     """Target of the auxiliary network: w onehot + (1-w) r, or f times (w onehot + (1-w) T_c), normalised."""
     target: Literal["argmax_f", "soft_q"] = "argmax_f"
     """Target of the main network: the auxiliary network's class (the paper's), or the soft posterior."""
+    noise_model: Literal["em", "anchors"] = "em"
+    """gamma and T_c: em, one gamma, both estimated anew in every cycle (the paper's); anchors, a gamma for each class,
+    both found once at the end of the warm-up, where the networks are surest, and kept."""
     aligned: bool = True
     """Keep the class shares of the resampled labels at those of the observed labels."""
     gamma: float = 0.5
@@ -97,6 +100,8 @@ class Cycle:
         elif not self.cycling(epoch):
             self.warm_up(loader, epoch)
         else:
+            if epoch == self.config.warmup and self.config.noise_model == "anchors":
+                self.find_noise(loader)
             self.main_estep(loader)
             self.aux_steps(loader, epoch)
             self.resample(loader)
@@ -109,7 +114,8 @@ class Cycle:
     def views_per_sample(self, epoch: int) -> int:
         """Images that `run` draws of each sample in this epoch, for the progress bar."""
         if self.cycling(epoch):
-            return 6 + (self.config.target == "soft_q") + (self.config.contrastive > 0)
+            once = 3 * (self.config.noise_model == "anchors" and epoch == self.config.warmup)
+            return 6 + (self.config.target == "soft_q") + (self.config.contrastive > 0) + once
         return 1 if self.config.kind == "cross_entropy" else 2
 
     def main_alone(self, loader, epoch: int) -> None:
@@ -125,6 +131,18 @@ class Cycle:
                 self._step("main", self.main, F.cross_entropy(self.main.forward(weak), labels))
                 logits = self.aux.forward(torch.cat([weak, strong]))
                 self._step("aux", self.aux, F.cross_entropy(logits, torch.cat([labels, labels])))
+
+    def find_noise(self, loader) -> None:
+        """gamma by class and T_c from what the auxiliary network has learned of the observed labels."""
+        anchors = Anchors(self.state.labels, self.state.num_classes)
+        for look in (anchors.look, anchors.add):
+            for index, (clean,) in self._batches(loader.sweep()):
+                with self.clock("infer"):
+                    logits = self.aux.predict(clean)
+                with self.clock("em"):
+                    look(index, logits)
+        self.state.set_noise(anchors.transition())
+        self.resample(loader)
 
     def main_estep(self, loader) -> None:
         """Step 1: w_i, the probability that a label is clean, by Bayes' rule from g, gamma and eps_i."""
@@ -159,7 +177,7 @@ class Cycle:
                 logits = self.aux.predict(clean)
             with self.clock("em"):
                 resampling.add(index, logits)
-        resampling.finish(self.config.aligned, self.config.smoothing)
+        resampling.finish(self.config.aligned, self.config.smoothing if self.config.noise_model == "em" else None)
 
     def main_mstep(self, loader, epoch: int) -> None:
         """Step 4: g learns the refurbished labels under the confidence regulariser; gamma is the mean of w."""
@@ -172,7 +190,7 @@ class Cycle:
                 logits = self.main.forward(weak)
                 loss = self.state.loss(index, logits, teacher_logits, config.posterior, config.confidence, config.delta)
                 self._step("main", self.main, loss)
-        self.state.update_gamma()
+        self.state.update_gamma(by_class=self.config.noise_model == "anchors")
 
     def learners(self) -> dict[str, Learner]:
         return {"main": self.main} | ({"aux": self.aux} if self.aux else {})

@@ -1,4 +1,4 @@
-"""What the two EM cycles know: of each sample, by global index, and the two parameters gamma and T_c."""
+"""What the two EM cycles know: of each sample, by global index, and of the noise: gamma and T_c."""
 
 from dataclasses import dataclass, fields
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flywheel_fast import ops
 
+RATES = (1e-3, 1 - 1e-6)  # a gamma beyond them would never come back
 MIN_CLASS_MASS = 1e-6  # of the mean prediction; keeps the alignment weight of a dying class finite
 
 
@@ -20,8 +21,9 @@ class EMState:
     resampled_label: Tensor  # [N] int64  argmax of the auxiliary network, for every sample
     suggested_label: Tensor  # [N] int64  argmax of the posterior
     suggested_prob: Tensor  # [N] float32
-    gamma: Tensor  # [] float64           prior probability that a label is clean
-    corruption: Tensor  # [C, C] float32  T_c(y, j), rows sum to 1, diagonal zero
+    gamma: Tensor  # [] float64           mean of w: share of clean labels
+    clean_rate: Tensor  # [C] float64     gamma_y, prior probability that a label of true class y is clean
+    corruption: Tensor  # [C, C] float32  T_c(y, j), diagonal zero, times (1 - gamma_y) / (1 - gamma_j)
     align: Tensor  # [C] float32          observed class share over mean prediction; ones before the first look
     posterior_sum: Tensor  # [C, C] float64   sum of q(y) by observed label j: T_full before it is normalised
 
@@ -38,6 +40,7 @@ class EMState:
             suggested_label=labels.clone(),
             suggested_prob=torch.full((n,), gamma, device=device),
             gamma=torch.tensor(gamma, dtype=torch.float64, device=device),
+            clean_rate=torch.full((num_classes,), gamma, dtype=torch.float64, device=device),
             corruption=off_diagonal.t() / max(num_classes - 1, 1),
             align=torch.ones(num_classes, device=device),
             posterior_sum=torch.zeros(num_classes, num_classes, dtype=torch.float64, device=device),
@@ -49,12 +52,27 @@ class EMState:
 
     def main_estep(self, index: Tensor, logits: Tensor) -> None:
         """Step 1 for the samples `index` [B] with the main network's logits [B, C]."""
-        clean_prob, _ = ops.main_estep(logits, self.labels[index], self.gamma, self.eps[index])
+        labels = self.labels[index]
+        # the op knows one gamma for all: the odds of each label's own go to its eps
+        odds = (1 - self.clean_rate) / self.clean_rate
+        clean_prob, _ = ops.main_estep(
+            logits, labels, torch.full_like(self.gamma, 0.5), self.eps[index] * odds[labels].float()
+        )
         self.clean_prob[index] = clean_prob
 
-    def update_gamma(self) -> None:
-        """gamma = mean of w."""
+    def update_gamma(self, by_class: bool) -> None:
+        """gamma = mean of w; unless gamma_y are known by class, it is the prior of every label."""
         self.gamma = self.clean_prob.mean(dtype=torch.float64)
+        if not by_class:
+            self.clean_rate = self.gamma.clamp(*RATES).expand(self.num_classes).clone()
+
+    def set_noise(self, transition: Tensor) -> None:
+        """From P(observed j | true y) [C, C] float64, rows summing to 1: gamma_y is its diagonal, the rest T_c."""
+        eye = torch.eye(self.num_classes, dtype=torch.float64, device=transition.device)
+        self.clean_rate = transition.diagonal().clamp(*RATES)
+        wrong = (transition + 1e-9) * (1 - eye)  # [C, C]
+        wrong = wrong / wrong.sum(dim=1, keepdim=True).clamp_min(1e-300)
+        self.corruption = (wrong * (1 - self.clean_rate)[:, None] / (1 - self.clean_rate)).t().contiguous().t().float()
 
     def loss(
         self,
@@ -110,14 +128,63 @@ class Resampling:
         state.suggested_prob[index] = step.suggested_prob
         state.eps[index] = step.eps
 
-    def finish(self, aligned: bool, smoothing: float) -> None:
-        """T_c(y, j) proportional to smoothing/C + corrupted_sum, rows normalised, diagonal zero; new alignment."""
+    def finish(self, aligned: bool, smoothing: float | None) -> None:
+        """T_c(y, j) proportional to smoothing/C + corrupted_sum, rows normalised, diagonal zero, or as it was without a
+        smoothing; new alignment."""
         state, c = self.state, self.state.num_classes
-        off_diagonal = 1 - torch.eye(c, dtype=torch.float64, device=state.labels.device)
-        counts = (self.sums.corrupted_sum + smoothing / c) * off_diagonal
-        state.corruption = (counts / counts.sum(dim=1, keepdim=True).clamp_min(1e-300)).float()
+        if smoothing is not None:
+            off_diagonal = 1 - torch.eye(c, dtype=torch.float64, device=state.labels.device)
+            counts = (self.sums.corrupted_sum + smoothing / c) * off_diagonal
+            state.corruption = (counts / counts.sum(dim=1, keepdim=True).clamp_min(1e-300)).float()
         state.posterior_sum = self.sums.posterior_sum
         if aligned:
             observed = torch.bincount(state.labels, minlength=c) / len(state.labels)
             predicted = self.sums.class_sum / len(state.labels)
             state.align = (observed / predicted.clamp_min(MIN_CLASS_MASS)).float()
+
+
+class Anchors:
+    """P(observed j | true y) from the auxiliary network's word on the observed labels, in two looks at all samples.
+
+    Half of it are anchors: what the network expects to be observed where it is surest of class y, on average over the
+    surest tenth of a class's fair share of the samples (Patrini et al. 2017, "Making Deep Neural Networks Robust to
+    Label Noise: a Loss Correction Approach", equation 13). The other half is the confident joint of Northcutt et al.
+    2021, "Confident Learning: Estimating Uncertainty in Dataset Labels", equation 1. The first takes samples for too
+    easy, the second the network's mistakes for wrong labels: their errors point opposite ways.
+    """
+
+    def __init__(self, labels: Tensor, num_classes: int):
+        self.labels, self.c = labels, num_classes
+        self.count = max(len(labels) // (10 * num_classes), 1)
+        zeros = torch.zeros(num_classes, dtype=torch.float64, device=labels.device)
+        self.surest = torch.zeros(num_classes, 0, device=labels.device)  # [C, count]
+        self.confidence, self.rows = zeros, zeros.new_zeros(num_classes, num_classes)  # sums
+        self.joint = torch.zeros_like(self.rows)
+
+    def look(self, index: Tensor, logits: Tensor) -> None:
+        """First: how sure the network is of each class, and of the label, with logits [B, C] of samples `index` [B]."""
+        f, labels = logits.float().softmax(dim=1), self.labels[index]
+        found = torch.cat([self.surest, f.t()], dim=1)  # [C, count + B]
+        self.surest = found.topk(min(self.count, found.shape[1]), dim=1).values
+        own = f.gather(1, labels[:, None])[:, 0].double()
+        self.confidence = self.confidence.index_add(0, labels, own)
+
+    def add(self, index: Tensor, logits: Tensor) -> None:
+        """Second, with the same logits."""
+        f, labels = logits.float().softmax(dim=1), self.labels[index]
+        anchors = (f >= self.surest[:, -1]).double()  # [B, C]
+        self.rows += anchors.t() @ f.double()
+        of_label = torch.bincount(self.labels, minlength=self.c)
+        confident = f >= (self.confidence / of_label.clamp_min(1)).float()  # [B, C]
+        best = torch.where(confident, f, -1).argmax(dim=1)
+        counted = confident.any(dim=1)
+        pairs = torch.bincount((best * self.c + labels)[counted], minlength=self.c * self.c)
+        self.joint += pairs.view(self.c, self.c)
+
+    def transition(self) -> Tensor:
+        """P(observed j | true y) [C, C] float64."""
+        of_label = torch.bincount(self.labels, minlength=self.c)
+        joint = (
+            self.joint / self.joint.sum(dim=0).clamp_min(1) * of_label + 0.5 / self.c
+        )  # of all samples, not the counted
+        return (self.rows / self.rows.sum(dim=1, keepdim=True) + joint / joint.sum(dim=1, keepdim=True)) / 2

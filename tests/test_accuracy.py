@@ -209,7 +209,11 @@ def test_no_share_of_a_gap_that_is_none():
     assert accuracy_table.gap_closed({}, rows, rows) is None
 
 
-@pytest.mark.parametrize("cycle", [{"kind": "cross_entropy"}, {}, {"target": "soft_q"}, {"contrastive": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "cycle",
+    [{"kind": "cross_entropy"}, {}, {"target": "soft_q"}, {"contrastive": 0.1}, {"noise_model": "anchors"}],
+    ids=str,
+)
 def test_forward_passes_are_as_many_as_the_cycle_makes(cycle, monkeypatch):
     counted = 0
     forward, predict = Learner.forward, Learner.predict

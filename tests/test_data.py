@@ -50,6 +50,16 @@ def test_folders_without_a_test_split_set_some_aside(folder):
     assert again.test.digest == data.test.digest != other.test.digest
 
 
+def test_a_noise_file_is_for_all_files_and_what_is_set_aside_keeps_the_source_labels(folder, tmp_path):
+    np.save(tmp_path / "n.npy", np.zeros(18, dtype=np.int64))
+    noisy = NoiseConfig("file", file=str(tmp_path / "n.npy"))
+    data = load(DataConfig("folder", str(folder / "train"), holdout=0.3, noise=noisy))
+    clean = load(DataConfig("folder", str(folder / "train"), holdout=0.3))
+    assert data.test.digest == clean.test.digest and data.train.files.tolist() == clean.train.files.tolist()
+    assert not data.train.labels.any() and data.train.true_labels.tolist() == clean.train.labels.tolist()
+    assert len(data.noisy_labels) == 18
+
+
 def test_csv_with_splits_true_labels_and_awkward_names(folder):
     text = 'file_name,label,split,true_label\ntrain/cat/0.jpg,"a, ""b""",train,NA\ntrain/dog/0.jpg,NA,train,NA\n'
     data = load(csv(folder, text + "test/owl/0.jpg,NA,test,NA\n"))
@@ -296,7 +306,10 @@ def test_bad_noise_tables_are_named(tmp_path, text, said):
     (tmp_path / "n.csv").write_text(text)
     with pytest.raises(BadInput, match=rf"n\.csv: .*{said}"):
         noise.apply(
-            np.zeros(2, np.int64), CLASSES, NoiseConfig("file", file=str(tmp_path / "n.csv")), files=np.array(["a", "b"])
+            np.zeros(2, np.int64),
+            CLASSES,
+            NoiseConfig("file", file=str(tmp_path / "n.csv")),
+            files=np.array(["a", "b"]),
         )
 
 

@@ -6,7 +6,7 @@ import torch
 import toy
 
 from flywheel_fast import reference
-from flywheel_fast.em import EMState, Resampling
+from flywheel_fast.em import Anchors, EMState, Resampling
 from flywheel_fast.losses import ntxent
 
 NOISES = [("symmetric", 0.5), ("symmetric", 0.8), ("pair", 0.4), ("instance", 0.4), ("asym", 0.4)]
@@ -73,7 +73,7 @@ def test_without_refurbishing_and_regulariser_gamma_runs_to_one():
     index = torch.arange(len(noisy.labels))
     for _ in range(50):
         state.main_estep(index, cycle.main.predict(noisy.x))
-        state.update_gamma()
+        state.update_gamma(by_class=False)
     assert state.gamma.item() > 0.98
 
 
@@ -124,6 +124,62 @@ def test_resampling_is_the_same_in_any_number_of_pieces_and_aligns():
     assert torch.allclose(state.corruption.sum(1), torch.ones(4)) and not state.corruption.diagonal().any()
     weights = torch.bincount(labels) / 100 / f.mean(0)
     assert torch.equal(state.resampled_label, (f * weights).argmax(1))
+
+
+def noisy_posteriors(n=20_000, c=4, seed=0):
+    """Class-dependent noise, and logits that say exactly what is observed: half the samples surely of one class."""
+    rng = np.random.default_rng(seed)
+    transition = np.array([[1, 0, 0, 0], [0.4, 0.6, 0, 0], [0, 0, 0.7, 0.3], [0.1, 0.1, 0.1, 0.7]])
+    p = rng.dirichlet(np.full(c, 0.3), size=n)
+    p[: n // 2] = np.eye(c)[rng.integers(c, size=n // 2)]
+    true = (p.cumsum(1) > rng.random(n)[:, None]).argmax(1)
+    labels = (transition[true].cumsum(1) > rng.random(n)[:, None]).argmax(1)
+    return (
+        torch.from_numpy(transition),
+        torch.from_numpy(labels),
+        torch.from_numpy(np.log(p @ transition + 1e-3)).float(),
+    )
+
+
+@pytest.mark.parametrize("pieces", [1, 9])
+def test_anchors_recover_class_dependent_noise(pieces):
+    transition, labels, logits = noisy_posteriors()
+    anchors = Anchors(labels, 4)
+    for look in (anchors.look, anchors.add):
+        for index in torch.arange(len(labels)).chunk(pieces):
+            look(index, logits[index])
+    found = anchors.transition()
+    assert torch.allclose(found.sum(1), torch.ones(4, dtype=torch.float64))
+    assert (found - transition).abs().sum(1).max() < 0.15
+
+
+def test_noise_that_is_set_gives_each_class_its_own_prior():
+    """w and the joint posterior by Bayes' rule with gamma_y, as the definition has them."""
+    transition, labels, logits = noisy_posteriors(200)
+    state = EMState.start(labels, 4, 0.5)
+    state.set_noise(transition)
+    resampling = Resampling(state, "joint")
+    index = torch.arange(200)
+    resampling.add(index, logits)
+    resampling.finish(aligned=False, smoothing=None)
+    state.main_estep(index, logits.flip(1))
+    f, g = logits.double().softmax(1), logits.flip(1).double().softmax(1)
+    rate = transition.diagonal().clamp(max=1 - 1e-6)
+    for i in range(200):
+        j = labels[i]
+        corrupted = sum(f[i, y] * transition[y, j] for y in range(4) if y != j)
+        clean = rate[j] * g[i, j]
+        assert abs(state.clean_prob[i] - clean / (clean + corrupted)) < 1e-3
+    before = state.corruption.clone()
+    state.update_gamma(by_class=True)
+    assert torch.equal(state.corruption, before) and torch.equal(state.clean_rate, rate)
+    assert abs(state.gamma - state.clean_prob.double().mean()) < 1e-12
+
+
+def test_the_cycle_with_anchors_recovers_gamma_on_the_toy():
+    noisy = toy.make("pair", 0.4)
+    accuracy, gamma, _ = toy.run(noisy, posterior="joint", noise_model="anchors")
+    assert accuracy > 0.88 and abs(gamma - np.mean(noisy.true == noisy.labels)) < 0.08
 
 
 def test_merged_classes_are_named():
