@@ -91,6 +91,7 @@ class Cycle:
         self.clock = Clock()
         self.on_images: Callable[[int], None] = lambda count: None  # told how many images each batch had
         self.losses: dict[str, list[Tensor]] = {}  # name -> [] of each step of the last epoch
+        self.agreement = 1.0  # share of samples that both networks called the same at the last main E-step
 
     def run(self, loader, epoch: int) -> None:
         """One epoch: warm-up, plain cross-entropy, or the four steps."""
@@ -146,11 +147,14 @@ class Cycle:
 
     def main_estep(self, loader) -> None:
         """Step 1: w_i, the probability that a label is clean, by Bayes' rule from g, gamma and eps_i."""
+        same = torch.zeros((), dtype=torch.int64, device=self.state.labels.device)
         for index, (clean,) in self._batches(loader.sweep()):
             with self.clock("infer"):
                 logits = self.main.predict(clean)
             with self.clock("em"):
                 self.state.main_estep(index, logits)
+                same += (logits.argmax(dim=1) == self.state.resampled_label[index]).sum()
+        self.agreement = same.item() / len(self.state.labels)
 
     def aux_steps(self, loader, epoch: int) -> None:
         """Steps 2 and 3: q_i from w_i and T_c with f as it stood before this step; f learns q on augmented views."""

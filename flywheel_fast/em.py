@@ -1,5 +1,6 @@
 """What the two EM cycles know: of each sample, by global index, and of the noise: gamma and T_c."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -101,6 +102,38 @@ class EMState:
         calls = torch.bincount(self.labels * c + self.resampled_label, minlength=c * c).view(c, c).cpu()  # [C, C]
         gone = (calls.sum(dim=0) < 0.1 * calls.sum(dim=1)).nonzero()[:, 0].tolist()
         return [(label, int(calls[label].argmax())) for label in gone]
+
+    def ailments(self, agreement: float, names: Sequence[str]) -> dict[str, str]:
+        """What a sound cycle does not do: what it is called, and a sentence with what to try.
+
+        names [C] of the classes; agreement: share of samples that both networks call the same.
+        """
+        found = {
+            f"merged {names[gone]}": f"class {names[gone]!r} has all but vanished from the refurbished labels: its "
+            f"samples are called {names[into]!r}. The cycle merges classes; cycle.aligned, optim.ema_decay and a "
+            "longer cycle.warmup help"
+            for gone, into in self.merged_classes()
+        }
+        if self.gamma > 0.995:
+            found["gamma near 1"] = (
+                "gamma is near 1: every label counts as right. If some are known to be wrong, the networks have "
+                "learned them by heart: cycle.target=argmax_f, fewer epochs and stronger views help"
+            )
+        if self.gamma < 0.5 / self.num_classes:
+            found["gamma near 0"] = (
+                f"gamma is {self.gamma.item():.3f}: fewer labels count as right than by chance. A longer cycle.warmup, "
+                "cycle.noise_model=anchors and another cycle.gamma to start from help"
+            )
+        clean = torch.bincount(self.labels[self.clean_prob > 0.5], minlength=self.num_classes)
+        if empty := [names[label] for label in (clean == 0).nonzero()[:, 0].tolist()]:
+            which = ", ".join(map(repr, empty[:3])) + f" and {len(empty) - 3} more" * (len(empty) > 3)
+            found["none clean"] = f"no label {which} counts as right: look at its images; a longer cycle.warmup helps"
+        if agreement < 1 / self.num_classes:
+            found["disagreement"] = (
+                f"the two networks agree on {agreement:.1%} of the images, less than by chance: one of them has not "
+                "learned; a lower optim.lr and a longer cycle.warmup help"
+            )
+        return found
 
     def state_dict(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -25,7 +25,7 @@ from flywheel_fast.screen import Screen
 PHASES = ("data", "infer", "train", "em", "eval", "save")
 MEASURES = (
     *("test_acc_main", "test_acc_aux", "gamma", "true_clean", "selection_auroc", "refurbish_acc"),
-    *("classes_alive", "selection_ap", "posterior_acc"),
+    *("classes_alive", "agreement", "selection_ap", "posterior_acc"),
 )
 COLUMNS = (
     *("cycle", *MEASURES, "loss_main", "loss_aux", "lr"),
@@ -68,8 +68,8 @@ class Trainer:
         self.test_loader = self._loader(self.test_set) if self.test_set else None
         self.cycle = self._assemble()
         self.history: list[dict] = []  # a row an epoch, as in metrics.csv
-        self.merged: list[tuple[int, int]] = []  # classes that the cycle has lost, and into which
-        self.warned: set[tuple[int, int]] = set()
+        self.ailments: dict[str, str] = {}  # of the last cycle
+        self.warned: set[str] = set()
         if resume:
             self._restore()
         self.config_text = configs.dump(config)
@@ -172,9 +172,9 @@ class Trainer:
             if true is not None:
                 row["true_clean"] = float(np.mean(true == self.train_set.labels))
             if cycle.cycling(epoch):
-                self.merged = cycle.state.merged_classes()
-                num_classes = cycle.state.num_classes
-                row |= {"gamma": cycle.state.gamma.item(), "classes_alive": num_classes - len(self.merged)}
+                self.ailments = cycle.state.ailments(cycle.agreement, self.train_set.classes)
+                alive = cycle.state.num_classes - sum(name.startswith("merged ") for name in self.ailments)
+                row |= {"gamma": cycle.state.gamma.item(), "classes_alive": alive, "agreement": cycle.agreement}
                 if true is not None:
                     row |= self._quality(true)
         return row
@@ -226,13 +226,9 @@ class Trainer:
         shown = ("test_acc_main", "test_acc_aux", "gamma", "true_clean", "selection_auroc", "refurbish_acc")
         parts += [f"{name} {row[name]:.3f}" for name in shown if name in row]
         self.screen.say("  ".join(parts) + f"  {_seconds(row):.1f} s")
-        names = self.train_set.classes
-        for gone, into in set(self.merged) - self.warned:
-            self.screen.warn(
-                f"class {names[gone]!r} has all but vanished from the refurbished labels: its samples are called "
-                f"{names[into]!r}. The cycle merges classes; cycle.aligned, optim.ema_decay and a longer warm-up help"
-            )
-        self.warned |= set(self.merged)
+        for name in self.ailments.keys() - self.warned:
+            self.screen.warn(self.ailments[name])
+        self.warned |= self.ailments.keys()
 
     # -- end -----------------------------------------------------------------------------------------------------------
 
@@ -289,13 +285,11 @@ class Trainer:
             rows.append(("  of the main network", f"{row['test_acc_main']:.4f}"))
         if labels:
             rows += audit.summary_rows(labels, self.out)
-        merged = self.cycle.state.merged_classes() if labels else []
+        merged = [name.removeprefix("merged ") for name in self.ailments if name.startswith("merged ")]
         if merged:
-            names = self.train_set.classes
-            pairs = ", ".join(f"{names[gone]} -> {names[into]}" for gone, into in merged[:6])
-            rows.append(
-                ("COLLAPSED", f"{len(merged)} of {len(names)} classes have merged ({pairs}): do not use this result")
-            )
+            which = f"{len(merged)} of {len(self.train_set.classes)} classes have merged with others"
+            rows.append(("COLLAPSED", f"{which} ({', '.join(merged[:6])}): do not use this result"))
+        rows += [("WARNING", said) for name, said in self.ailments.items() if not name.startswith("merged ")]
         seconds = sum(_seconds(row) for row in self.history)
         rows.append(("network", f"{self.out / 'weights' / 'model.safetensors'} ({used})"))
         rows.append(("time", f"{seconds:.0f} s for {len(self.history)} epochs of {n:,} images"))

@@ -188,3 +188,29 @@ def test_merged_classes_are_named():
     assert state.merged_classes() == []
     state.resampled_label = torch.where(labels == 2, 3, labels)
     assert state.merged_classes() == [(2, 3)]
+    state.clean_prob.fill_(0.9)
+    found = state.ailments(1.0, "abcd")
+    assert list(found) == ["merged c"] and "are called 'd'" in found["merged c"]
+
+
+@pytest.mark.parametrize(
+    ("gamma", "clean_prob", "agreement", "said"),
+    [
+        (0.5, 0.9, 0.25, {}),
+        (0.996, 0.9, 1.0, {"gamma near 1": "every label counts as right"}),
+        (0.12, 0.9, 1.0, {"gamma near 0": "gamma is 0.120"}),
+        (0.5, 0.4, 1.0, {"none clean": "no label 'a', 'b', 'c' and 1 more counts as right"}),
+        (0.5, 0.9, 0.24, {"disagreement": "agree on 24.0% of the images"}),
+    ],
+)
+def test_ailments_are_named(gamma, clean_prob, agreement, said):
+    state = EMState.start(torch.arange(4).repeat(25), 4, gamma)
+    state.clean_prob.fill_(clean_prob)
+    found = state.ailments(agreement, "abcd")
+    assert found.keys() == said.keys() and all(said[name] in found[name] for name in said)
+
+
+def test_memorised_labels_are_noticed():
+    """Soft targets where networks memorise: gamma runs to 1, and the state says so."""
+    _, gamma, cycle = toy.run(toy.make("asym", 0.4), epochs=30, target="soft_q", confidence=0.0)
+    assert gamma > 0.995 and "gamma near 1" in cycle.state.ailments(cycle.agreement, range(toy.C))
