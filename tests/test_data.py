@@ -121,7 +121,10 @@ def test_bad_folders_are_named(folder, change, said):
         ("name,label\na,b\n", ["table.csv", "'file_name'", "name, label"]),
         ("file_name,label\ntrain/cat/0.jpg,a\n../secret.jpg,b\n", ["row 3", "../secret.jpg", "outside"]),
         ("file_name,label\n/etc/passwd,b\n", ["row 2", "outside"]),
-        ("file_name,label\ntrain/cat/99.jpg,b\n", ["row 2", "99.jpg", "does not exist"]),
+        (
+            "file_name,label,split\ntrain/cat/99.jpg,b,train\ntrain/dog/0.jpg,a,train\ntest/cat/0.jpg,a,test\n",
+            ["train/cat/99.jpg", "does not exist"],
+        ),
         ("file_name,label\ntrain/cat/0.jpg,\n", ["row 2", "empty label"]),
         ("file_name,label\ntrain/cat/0.jpg,a\ntrain/cat/0.jpg,b\n", ["row 3", "again"]),
         ("file_name,label\ntrain/cat/0.jpg,a\n./train/cat/0.jpg,b\n", ["row 3", "again"]),
@@ -296,7 +299,10 @@ def test_bad_noise_tables_are_named(tmp_path, text, said):
     (tmp_path / "n.csv").write_text(text)
     with pytest.raises(BadInput, match=rf"n\.csv: .*{said}"):
         noise.apply(
-            np.zeros(2, np.int64), CLASSES, NoiseConfig("file", file=str(tmp_path / "n.csv")), files=np.array(["a", "b"])
+            np.zeros(2, np.int64),
+            CLASSES,
+            NoiseConfig("file", file=str(tmp_path / "n.csv")),
+            files=np.array(["a", "b"]),
         )
 
 

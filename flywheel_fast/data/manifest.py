@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -35,21 +36,109 @@ class Manifest:
         return sha.hexdigest()
 
 
-def read_columns(where: str, path: Path, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Columns of a CSV file as text, each [rows] str; `where` opens every message.
+# -- what a list may name ----------------------------------------------------------------------------------------------
 
-    Raises BadInput for a column that is missing or doubled, an empty cell of a required one, a file named twice.
+
+def leads_out(name: str) -> bool:
+    """Whether a path in a list is none below the data root, by its letters alone; links are looked at by `missing`."""
+    if ".." not in name and not name.startswith("/") and "\0" not in name:  # almost all
+        return False
+    return "\0" in name or os.path.isabs(name) or os.path.normpath(name).split("/")[0] == ".."
+
+
+def first_repeated(names: Iterable[str]) -> int | None:
+    """Index of the first path that was there before, `a/b` and `./a//b` being the same."""
+    seen = set()
+    for index, name in enumerate(names):
+        if "./" in name or "//" in name:
+            name = os.path.normpath(name)
+        if name in seen:
+            return index
+        seen.add(name)
+    return None
+
+
+def missing(manifest: Manifest) -> np.ndarray:  # [missing] int64
+    """Rows whose file is not there. Reads each folder once, which is quicker than asking for each file.
+
+    Raises BadInput for a file that is only there by way of a link out of the data root.
     """
-    from pyarrow import ArrowInvalid, csv
+    root, files = manifest.root.resolve(), manifest.files
+    folder_of, folders = np.empty(len(files), np.int64), {}
+    for row, name in enumerate(files.tolist()):
+        folder_of[row] = folders.setdefault(os.path.dirname(name), len(folders))
+    order = np.argsort(folder_of, kind="stable")
+    bounds = np.searchsorted(folder_of[order], range(len(folders) + 1))
+    gone = []
+    for number, folder in enumerate(folders):
+        rows = order[bounds[number] : bounds[number + 1]]
+        plain, links = _listing(root, root / folder)
+        for row, name in zip(rows.tolist(), files[rows].tolist(), strict=True):
+            last = os.path.basename(name)
+            if last in links:
+                _refuse_if_outside(root, root / name)
+                if (root / name).is_file():
+                    continue
+            if last not in plain:
+                gone.append(row)
+    return np.sort(np.array(gone, dtype=np.int64))
+
+
+def _listing(root: Path, folder: Path) -> tuple[set[str], set[str]]:
+    """Names of the folder's files and of its links."""
+    _refuse_if_outside(root, folder)
+    plain, links = set(), set()
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    links.add(entry.name)
+                elif entry.is_file():
+                    plain.add(entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be read ({error.strerror or error})") from error
+    return plain, links
+
+
+def _refuse_if_outside(root: Path, path: Path) -> None:
+    try:
+        inside = path.resolve().is_relative_to(root)
+    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        raise BadInput(f"{path}: cannot be followed ({error})") from error
+    if not inside:
+        raise BadInput(f"{path}: leads out of {root} by a link; put the files below the data root itself")
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def read_columns(where: str, path: Path, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Columns of a CSV or Parquet file as text, each [rows] str; `where` opens every message.
+
+    A column image_path counts as file_name. Raises BadInput for a column that is missing or doubled, an empty cell of a
+    required one, a file named twice.
+    """
+    import pyarrow as pa
+    from pyarrow import compute, csv, parquet
 
     names = (*required, *optional)
-    options = csv.ConvertOptions(column_types=dict.fromkeys(names, "string"), strings_can_be_null=False)
     try:
-        table = csv.read_csv(path, convert_options=options, parse_options=csv.ParseOptions(newlines_in_values=True))
+        if path.suffix == ".parquet":
+            table = parquet.read_table(path)
+        else:
+            types = dict.fromkeys((*names, "image_path"), "string")
+            options = csv.ConvertOptions(column_types=types, strings_can_be_null=False)
+            parse = csv.ParseOptions(newlines_in_values=True)
+            table = csv.read_csv(path, convert_options=options, parse_options=parse)
+    except pa.ArrowException as error:
+        kind = "Parquet file" if path.suffix == ".parquet" else "CSV"
+        raise BadInput(f"{where}: is not a {kind} ({' '.join(str(error).split())})") from error
     except OSError as error:
         raise BadInput(f"{where}: cannot be read ({error.strerror or error})") from error
-    except ArrowInvalid as error:
-        raise BadInput(f"{where}: is not a CSV ({error})") from error
+    if "file_name" not in table.column_names:
+        table = table.rename_columns([{"image_path": "file_name"}.get(name, name) for name in table.column_names])
     for name in names:
         if table.column_names.count(name) > 1:
             raise BadInput(f"{where}: has {table.column_names.count(name)} columns {name!r}; keep one")
@@ -57,14 +146,25 @@ def read_columns(where: str, path: Path, required: tuple[str, ...], optional: tu
         if name not in table.column_names:
             found = ", ".join(table.column_names)
             raise BadInput(f"{where}: has no column {name!r}, only {found}; rename the one that is meant")
-    columns = {name: table[name].to_numpy().astype(str) for name in names if name in table.column_names}
+    columns = {}
+    for name in (name for name in names if name in table.column_names):
+        try:
+            text = compute.fill_null(compute.cast(table[name], pa.string()), "")
+        except pa.ArrowException as error:
+            raise BadInput(f"{where}: column {name!r} is {table[name].type}, which is no text; convert it") from error
+        columns[name] = text.to_numpy().astype(str)
     for name in required:
         empty = np.flatnonzero(columns[name] == "")
         if len(empty):
-            raise BadInput(f"{where}: row {empty[0] + 2} has an empty {name}; fill it in or remove the row")
-    files = columns.get("file_name", np.array([], dtype=str))
-    unique, first = np.unique([os.path.normpath(name) for name in files.tolist()], return_index=True)
-    if len(unique) < len(files):
-        again = np.setdiff1d(np.arange(len(files)), first)[0]
-        raise BadInput(f"{where}: row {again + 2} names '{files[again]}' again; keep one row a file")
+            raise BadInput(f"{where}: row {row_number(path, empty[0])} has an empty {name}; fill it in or remove it")
+    if "file_name" in columns:
+        again = first_repeated(columns["file_name"].tolist())
+        if again is not None:
+            name = columns["file_name"][again]
+            raise BadInput(f"{where}: row {row_number(path, again)} names '{name}' again; keep one row a file")
     return columns
+
+
+def row_number(path: Path, index: int) -> int:
+    """As an editor counts the lines of a CSV: the header is 1; a Parquet file has none."""
+    return int(index) + (1 if path.suffix == ".parquet" else 2)
