@@ -101,9 +101,9 @@ def load(config: DataConfig, present: bool = True) -> Data:
         train = train.subset(_long_tailed(source_labels, len(train.classes), config.imbalance, config.seed))
     if config.test_size:
         test = test.subset(_balanced(test.labels, test.classes, config.test_size, config.seed, "data.test_size"))
-    if present and config.source in LISTED:
+    if present:
         for manifest in (train, test):
-            gone = missing(manifest)
+            gone = absent(manifest, config)
             if len(gone):
                 more = f", nor do {len(gone) - 1:,} more of {len(manifest):,}" if len(gone) > 1 else ""
                 raise BadInput(
@@ -111,6 +111,11 @@ def load(config: DataConfig, present: bool = True) -> Data:
                     f"it out by data.skip=bad_files.csv (`flywheel-fast data check` writes that file)"
                 )
     return Data(train, test, noisy)
+
+
+def absent(manifest: Manifest, config: DataConfig) -> np.ndarray:  # [missing] int64
+    """Rows whose file is not there; folders were read from the disk, so theirs are."""
+    return missing(manifest) if config.source in LISTED else np.empty(0, np.int64)
 
 
 def _kept(path: str, *manifests: Manifest) -> list[np.ndarray]:

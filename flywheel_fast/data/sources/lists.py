@@ -59,7 +59,7 @@ def webvision(root: Path, mini: bool) -> tuple[Manifest, Manifest]:
     """
     synsets = root / "info" / "synsets.txt"
     words = [line.partition(" ") for line in _lines(synsets)]
-    classes = _class_names([(wnid, names) for wnid, _, names in words])
+    classes = _class_names(synsets, [(wnid, names) for wnid, _, names in words])
     kept = classes[:MINI] if mini else classes
     val = next((name for name in WEBVISION_VAL if (root / name).is_dir()), WEBVISION_VAL[0])
 
@@ -109,15 +109,18 @@ def tiny_imagenet(root: Path) -> tuple[Manifest, Manifest]:
     unnamed = [wnid for wnid in train.classes if wnid not in words]
     if unnamed:
         raise BadInput(f"{root / 'words.txt'}: has no line {unnamed[0]}<tab>NAME, but train/{unnamed[0]} is a class")
-    classes = _class_names([(wnid, words[wnid]) for wnid in train.classes])
+    classes = _class_names(root / "words.txt", [(wnid, words[wnid]) for wnid in train.classes])
     return (
         Manifest(root, train.files, train.labels, classes),
         Manifest(root, files, np.array(labels, dtype=np.int64), classes),
     )
 
 
-def _class_names(words: list[tuple[str, str]]) -> tuple[str, ...]:
+def _class_names(path: Path, words: list[tuple[str, str]]) -> tuple[str, ...]:
     """The first of each class's synonyms; where classes share it (crane: bird, machine), with its WordNet id."""
+    wnids = [wnid for wnid, _ in words]
+    if (again := first_repeated(wnids)) is not None:
+        raise BadInput(f"{path}: line {again + 1} names {wnids[again]} again; keep one line a class")
     first = [names.split(",")[0].strip() or wnid for wnid, names in words]
     count = Counter(first)
     return tuple(name if count[name] == 1 else f"{name} ({wnid})" for (wnid, _), name in zip(words, first, strict=True))
