@@ -34,7 +34,7 @@ def make(kind: str, folder: Path, images: Path | None = None) -> None:
 
 
 class _Pictures:
-    """Pictures of a class, no two alike."""
+    """Pictures of a class; cut from given ones a little differently each time."""
 
     def __init__(self, images: Path | None):
         self.rng = np.random.default_rng(0)

@@ -137,8 +137,12 @@ def read_columns(where: str, path: Path, required: tuple[str, ...], optional: tu
         raise BadInput(f"{where}: is not a {kind} ({' '.join(str(error).split())})") from error
     except OSError as error:
         raise BadInput(f"{where}: cannot be read ({error.strerror or error})") from error
-    if "file_name" not in table.column_names:
-        table = table.rename_columns([{"image_path": "file_name"}.get(name, name) for name in table.column_names])
+    try:
+        header = table.column_names
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{where}: its column names are not UTF-8; save it as UTF-8") from error
+    if "file_name" not in header:
+        table = table.rename_columns([{"image_path": "file_name"}.get(name, name) for name in header])
     for name in names:
         if table.column_names.count(name) > 1:
             raise BadInput(f"{where}: has {table.column_names.count(name)} columns {name!r}; keep one")

@@ -1,0 +1,677 @@
+"""Published layouts, tried on miniatures; label files of others; checks before a training; and what is refused."""
+
+import csv
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import CLASSES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
+
+from flywheel_fast import cli
+from flywheel_fast.data import check, fixtures, pickles, sources
+from flywheel_fast.data.noise import NoiseConfig
+from flywheel_fast.data.sources import DataConfig, load
+from flywheel_fast.errors import BadInput
+
+KIND_OF = {"webvision_mini": "webvision", "tiny_imagenet": "tiny-imagenet"}
+PUBLISHED = ("cifar10", "cifar100", "tiny_imagenet", "clothing1m", "webvision", "webvision_mini")
+
+
+@pytest.fixture(scope="session")
+def miniatures(tmp_path_factory):
+    base = tmp_path_factory.mktemp("miniatures")
+    for kind in fixtures.KINDS:
+        fixtures.make(kind, base / kind)
+    return base
+
+
+@pytest.fixture
+def miniature(miniatures, tmp_path):
+    """Makes a copy that a test may spoil."""
+
+    def copy(source: str) -> DataConfig:
+        kind = KIND_OF.get(source, source)
+        shutil.copytree(miniatures / kind, tmp_path / kind)
+        return DataConfig(source, str(tmp_path / kind))
+
+    return copy
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def refused(config, *said, **options):
+    with pytest.raises(BadInput) as error:
+        load(config, **options)
+    assert all(str(part) in str(error.value) for part in said), error.value
+    assert "\n" not in str(error.value)
+
+
+# -- as published ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", PUBLISHED)
+def test_every_miniature_opens_as_its_source(miniatures, source):
+    train, test, _ = load(DataConfig(source, str(miniatures / KIND_OF.get(source, source))))
+    counts = {
+        "cifar10": (200, 40, 10),
+        "cifar100": (400, 100, 100),
+        "tiny_imagenet": (120, 20, 10),
+        "clothing1m": (112, 28, 14),
+        "webvision": (360, 60, 60),
+        "webvision_mini": (200, 50, 50),
+    }
+    assert (len(train), len(test), len(train.classes)) == counts[source]
+    for part in (train, test):
+        assert all((part.root / file).is_file() for file in part.files.tolist())
+        assert part.classes == train.classes and len(set(part.classes)) == len(part.classes)
+
+
+@pytest.mark.parametrize(("name", "label_key"), [("cifar10", "labels"), ("cifar100", "fine_labels")])
+def test_cifar_is_its_pickles_bit_by_bit_and_in_their_order(miniatures, name, label_key):
+    train, test, _ = load(DataConfig(name, str(miniatures / name)))
+    base = next((miniatures / name).iterdir())
+    batches = [f"data_batch_{number}" for number in range(1, 6)] if name == "cifar10" else ["train"]
+    for part, files in ((train, batches), (test, ["test_batch" if name == "cifar10" else "test"])):
+        read = [pickle.loads((base / file).read_bytes(), encoding="latin1") for file in files]
+        pixels = np.concatenate([batch["data"] for batch in read]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        assert np.array_equal(np.stack([np.asarray(Image.open(part.root / file)) for file in part.files]), pixels)
+        assert part.labels.tolist() == sum((batch[label_key] for batch in read), [])
+    assert load(DataConfig(name, str(base))).train.digest == train.digest  # by the folder itself
+    assert name == "cifar100" or train.classes == fixtures.CIFAR10_CLASSES
+
+
+def test_cifar_may_be_pickled_by_python_3_too(miniature):
+    config = miniature("cifar10")
+    before = load(config).train
+    for path in Path(config.root).rglob("*_batch*"):
+        content = pickle.loads(path.read_bytes(), encoding="latin1")
+        path.write_bytes(pickle.dumps({key.encode(): value for key, value in content.items()}))
+    assert load(config).train.digest == before.digest
+
+
+def test_tiny_imagenet_names_its_classes(miniatures):
+    train, test, _ = load(DataConfig("tiny_imagenet", str(miniatures / "tiny-imagenet")))
+    assert train.classes[:2] == ("thing 0", "thing 1")
+    assert [file.split("/")[1] for file in train.files[::12].tolist()] == [
+        f"n{1440764 + 1000 * i:08}" for i in range(10)
+    ]
+    assert test.files[:2].tolist() == ["val/images/val_0.JPEG", "val/images/val_1.JPEG"]
+    assert test.labels.tolist() == np.repeat(np.arange(10), 2).tolist()
+
+
+def test_clothing1m_trains_on_noisy_labels_and_is_tested_on_clean_ones(miniature):
+    config = miniature("clothing1m")
+    train, test, _ = load(config)
+    root = Path(config.root)
+    noisy = dict(line.split(" ") for line in (root / "noisy_label_kv.txt").read_text().splitlines())
+    assert train.files.tolist() == (root / "noisy_train_key_list.txt").read_text().splitlines()
+    assert train.labels.tolist() == [int(noisy[file]) for file in train.files.tolist()]
+    assert np.bincount(test.labels).tolist() == [2] * 14 and train.classes[8] == "Down Coat"
+    (root / "annotations").mkdir()
+    for path in root.glob("*.txt"):
+        path.rename(root / "annotations" / path.name)
+    assert load(config).train.digest == train.digest
+
+
+def test_webvision_mini_is_the_first_fifty_classes_from_google(miniatures):
+    full = load(DataConfig("webvision", str(miniatures / "webvision")))
+    mini = load(DataConfig("webvision_mini", str(miniatures / "webvision")))
+    assert {file.split("/")[0] for file in full.train.files.tolist()} == {"google", "flickr"}
+    assert {file.split("/")[0] for file in mini.train.files.tolist()} == {"google"}
+    assert np.bincount(mini.train.labels).tolist() == [4] * 50 and mini.train.classes == full.train.classes[:50]
+    assert mini.train.classes[7:9] == ("thing 8 (n01447764)", "thing 8 (n01448764)")  # would be one name
+    assert mini.test.files[0] == "val_images_256/val000001.jpg"
+
+
+@pytest.mark.parametrize("name", ["cifar100", "tiny_imagenet", "clothing1m", "webvision"])
+def test_every_config_trains_to_the_end_on_its_miniature(miniatures, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    root = miniatures / KIND_OF.get(name, name)
+    small = ["model.main.name=small_cnn", "model.main.width=8", "model.main.weights=null", "views.image_size=32"]
+    words = [f"data.root={root}", *small, "optim.epochs=2", "cycle.warmup=1", "optim.batch_size=32"]
+    assert cli.main(["train", f"configs/{name}.yaml", *words]) == 0
+    with open(tmp_path / "runs" / name / "labels" / "issues.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == {"cifar100": 400, "tiny_imagenet": 120, "clothing1m": 112}.get(
+            name, 200
+        )
+
+
+def test_a_miniature_of_own_pictures(folder, tmp_path):
+    fixtures.make("cifar10", tmp_path / "mini", folder / "train")
+    train = load(DataConfig("cifar10", str(tmp_path / "mini"))).train
+    pixels = {np.asarray(Image.open(train.root / file)).tobytes() for file in train.files.tolist()}
+    assert len(pixels) > 150  # the 18 pictures are cut differently each time
+    with pytest.raises(BadInput, match="is there already"):
+        fixtures.make("cifar10", tmp_path / "mini")
+    with pytest.raises(BadInput, match="holds no images"):
+        fixtures.make("cifar10", tmp_path / "other", tmp_path / "mini" / "cifar-10-batches-py")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(BadInput, match="webvisio.*choose clothing1m"):
+        fixtures.make("webvisio", tmp_path / "other")
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def test_parquet_csv_and_imagefolder_agree(folder):
+    expected = load(DataConfig("folder", str(folder)))
+    parts = {"train": expected.train, "test": expected.test}
+    rows = [
+        (file, part.classes[label], split)
+        for split, part in parts.items()
+        for file, label in zip(part.files.tolist(), part.labels.tolist(), strict=True)
+    ]
+    columns = dict(zip(("image_path", "label", "split"), map(list, zip(*rows, strict=True)), strict=True))
+    pa.parquet.write_table(pa.table(columns), folder / "all.parquet")
+    columns["label"] = pa.array(columns["label"]).dictionary_encode()
+    pa.parquet.write_table(pa.table(columns), folder / "coded.parquet")
+    (folder / "metadata.csv").write_text("file_name,label\n" + "".join(f"{file},{label}\n" for file, label, _ in rows))
+    configs = [DataConfig("csv", str(folder / name)) for name in ("all.parquet", "coded.parquet", "")]
+    for config in configs:
+        data = load(config)
+        assert (data.train.digest, data.test.digest) == (expected.train.digest, expected.test.digest)
+    (folder / "metadata.csv").unlink()
+    for split in parts:
+        own = [(file.removeprefix(f"{split}/"), label) for file, label, of in rows if of == split]
+        text = "file_name,label\n" + "".join(f"{file},{label}\n" for file, label in own)
+        (folder / split / "metadata.csv").write_text(text)
+    data = load(DataConfig("csv", str(folder)))
+    assert (data.train.digest, data.test.digest) == (expected.train.digest, expected.test.digest)
+
+
+def test_labels_that_are_names_here_and_numbers_there_are_named(folder):
+    (folder / "train" / "metadata.csv").write_text("file_name,label\ncat/0.jpg,cat\ndog/0.jpg,dog\n")
+    (folder / "test" / "metadata.csv").write_text("file_name,label\ncat/0.jpg,cat\ndog/0.jpg,1\n")
+    refused(DataConfig("csv", str(folder)), "test/metadata.csv: row 3", "'1' is a number", "are names")
+    (folder / "train" / "metadata.csv").write_text("file_name,label\ncat/0.jpg,0\ndog/0.jpg,1\n")
+    refused(DataConfig("csv", str(folder)), "test/metadata.csv: row 2", "'cat' is a name", "are numbers")
+    (folder / "test" / "metadata.csv").write_text("file_name,label\ncat/0.jpg,0\ndog/0.jpg,2\n")
+    refused(DataConfig("csv", str(folder)), "test/metadata.csv: row 3", "'2' is the label of no training row")
+
+
+def test_a_folder_without_a_table_is_named(folder):
+    refused(DataConfig("csv", str(folder)), folder, "metadata.csv", "data.source=folder")
+    (folder / "x.parquet").write_bytes(b"PAR1")
+    refused(DataConfig("csv", str(folder / "x.parquet")), "x.parquet: is not a Parquet file")
+
+
+# -- bad layouts -------------------------------------------------------------------------------------------------------
+
+BAD = {  # source, file to spoil, from, to; what is said
+    "clothing1m": [
+        (
+            "noisy_label_kv.txt",
+            "images/0/00/0000000,00.jpg",
+            "",
+            ["noisy_label_kv.txt: line 1", "images/0/00/NAME.jpg 3"],
+        ),
+        ("noisy_label_kv.txt", "01.jpg ", "01.jpg x", ["noisy_label_kv.txt: line 2", "is not a number"]),
+        ("noisy_label_kv.txt", "01.jpg ", "01.jpg 1000", ["noisy_label_kv.txt: line 2", "outside 0..13"]),
+        (
+            "noisy_label_kv.txt",
+            "0000001,",
+            "0000002,",
+            ["noisy_train_key_list.txt: line ", "0000001,01.jpg' has no label"],
+        ),
+        ("clean_label_kv.txt", "\n", " 0\nimages/0/00/0000000,00.jpg 14\n", ["clean_label_kv.txt: line 2", "0..13"]),
+        ("clean_test_key_list.txt", "images/", "../", ["clean_test_key_list.txt: line 1", "below the data root"]),
+        ("clean_test_key_list.txt", "images/", "/", ["clean_test_key_list.txt: line 1", "below the data root"]),
+        ("clean_test_key_list.txt", "\n", "\n\n", ["clean_test_key_list.txt: line 2", "below the data root"]),
+    ],
+    "webvision": [
+        ("info/synsets.txt", "n01441764", "n01440764", ["synsets.txt: line 2", "again"]),
+        ("info/val_filelist.txt", "val000001.jpg 0", "val000001.jpg", ["val_filelist.txt: line 1", "val000001.jpg 3"]),
+        ("info/val_filelist.txt", "val000002.jpg 1", "val000002.jpg 60", ["val_filelist.txt: line 2", "0..59"]),
+        ("info/val_filelist.txt", "000002", "000001", ["val_filelist.txt: line 2", "again"]),
+        (
+            "info/train_filelist_flickr.txt",
+            "flickr/q0001/000_0",
+            "google/q0001/000_0",
+            ["flickr", "google", "keep one"],
+        ),
+    ],
+    "tiny_imagenet": [
+        ("val/val_annotations.txt", "\t", " ", ["val_annotations.txt: line 1", "is no class"]),
+        (
+            "val/val_annotations.txt",
+            "n01441764",
+            "n99999999",
+            ["val_annotations.txt: line 3", "n99999999", "n01440764"],
+        ),
+        ("val/val_annotations.txt", "val_1.", "val_0.", ["val_annotations.txt: line 2", "again"]),
+        ("words.txt", "n01440764\t", "n01440764 ", ["words.txt", "n01440764"]),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "file", "old", "new", "said"), [(source, *case) for source, cases in BAD.items() for case in cases]
+)
+def test_a_malformed_list_names_file_line_and_form(miniature, source, file, old, new, said):
+    config = miniature(source)
+    edit(Path(config.root) / file, old, new)
+    refused(config, *said)
+
+
+def test_two_labels_for_one_file_and_one_file_in_two_splits_are_named(miniature):
+    config = miniature("clothing1m")
+    root = Path(config.root)
+    with open(root / "noisy_label_kv.txt", "a") as file:
+        first = (root / "noisy_label_kv.txt").read_text().splitlines()[0].split()
+        file.write(f"{first[0]} {(int(first[1]) + 1) % 14}\n")
+    refused(config, "noisy_label_kv.txt: line 141", first[0], "before")
+    shutil.copy(root / "clean_test_key_list.txt", root / "noisy_train_key_list.txt")
+    shutil.copy(root / "clean_label_kv.txt", root / "noisy_label_kv.txt")
+    refused(config, "clean_test_key_list.txt: line 1", "noisy_train_key_list.txt too")
+
+
+@pytest.mark.parametrize(
+    ("source", "file"),
+    [
+        ("clothing1m", "noisy_train_key_list.txt"),
+        ("clothing1m", "clean_label_kv.txt"),
+        ("webvision", "info/synsets.txt"),
+        ("webvision", "info/train_filelist_google.txt"),
+        ("tiny_imagenet", "val/val_annotations.txt"),
+        ("tiny_imagenet", "words.txt"),
+        ("cifar10", "cifar-10-batches-py/data_batch_3"),
+        ("cifar100", "cifar-100-python/meta"),
+    ],
+)
+@pytest.mark.parametrize("harm", ["missing", "empty", "binary"])
+def test_a_list_that_is_missing_empty_or_binary_is_named(miniature, source, file, harm):
+    config = miniature(source)
+    path = Path(config.root) / file
+    path.unlink()
+    if harm != "missing":
+        path.write_bytes(b"\xff\xfe" if harm == "binary" else b"")
+    refused(config, path.name)
+
+
+def test_another_folder_than_the_data_set_is_named(tmp_path):
+    for source in PUBLISHED:
+        refused(DataConfig(source, str(tmp_path)), tmp_path)
+
+
+@pytest.mark.parametrize("place", ["folder", "file"])
+def test_a_link_out_of_the_data_root_is_refused(miniature, tmp_path, place):
+    config = miniature("clothing1m")
+    inner = Path(config.root) / "images" / "0" / "00"
+    shutil.copytree(inner, tmp_path / "outside")
+    if place == "folder":
+        shutil.rmtree(inner)
+        inner.symlink_to(tmp_path / "outside")
+    else:
+        (inner / "0000000,00.jpg").unlink()
+        (inner / "0000000,00.jpg").symlink_to(tmp_path / "outside" / "0000000,00.jpg")
+    refused(config, "images/0/00", "leads out of", "by a link")
+    (tmp_path / "outside").rename(Path(config.root) / "elsewhere")
+    link = inner if place == "folder" else inner / "0000000,00.jpg"
+    link.unlink()
+    link.symlink_to(Path(config.root) / "elsewhere" / ("" if place == "folder" else "0000000,00.jpg"))
+    assert len(load(config).train) == 112  # a link that stays inside is a link
+
+
+def test_the_data_root_itself_may_be_a_link(miniature, tmp_path):
+    config = miniature("webvision")
+    (tmp_path / "link").symlink_to(config.root)
+    assert load(replace(config, root=str(tmp_path / "link"))).train.digest == load(config).train.digest
+
+
+class _Evil:
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+@pytest.mark.parametrize(
+    "content", [_Evil(), {"label_names": [_Evil()]}, Path("x"), eval, b"\x80\x04", {"label_names": ["a", "a"]}, [], 3]
+)
+def test_a_pickle_is_data_or_refused(miniature, tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    config = miniature("cifar10")
+    path = Path(config.root) / "cifar-10-batches-py" / "batches.meta"
+    path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    refused(config, "batches.meta")
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_a_codec_other_than_latin1_is_refused(tmp_path):
+    (tmp_path / "p").write_bytes(b"c_codecs\nencode\n(Vabc\nVrot13\ntR.")
+    with pytest.raises(BadInput, match="_codecs.encode with 'rot13'"):
+        pickles.load(tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": np.zeros((40, 3072), np.float32)},
+        {"data": np.zeros((40, 1024), np.uint8)},
+        {"data": "text"},
+        {"labels": [0] * 39},
+        {"labels": [10] * 40},
+        {"labels": ["a"] * 40},
+    ],
+)
+def test_a_cifar_batch_of_another_form_is_named(miniature, change):
+    config = miniature("cifar10")
+    path = Path(config.root) / "cifar-10-batches-py" / "data_batch_2"
+    path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes(), encoding="latin1") | change))
+    refused(config, "data_batch_2", "its 'data' must be" if "data" in change else "its 'labels' must be")
+
+
+# -- ten thousand mutations --------------------------------------------------------------------------------------------
+
+TOKENS = [
+    "",
+    ",",
+    " ",
+    "\t",
+    "\n",
+    "\r",
+    '"',
+    "\0",
+    "../",
+    "/",
+    "//",
+    "./",
+    "é",
+    "\x85",
+    "-1",
+    "07",
+    "14",
+    "³",
+    "99999999999",
+]
+EDITS = st.lists(
+    st.tuples(
+        st.sampled_from(["replace", "insert", "double", "drop", "swap", "cut", "byte"]),
+        st.integers(0, 10**6),
+        st.integers(0, 40),
+        st.sampled_from(TOKENS),
+    ),
+    min_size=1,
+    max_size=3,
+)
+MUTATED = settings(
+    max_examples=2000,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def mutate(content: bytes, edits) -> bytes:
+    for kind, place, length, token in edits:
+        lines = content.split(b"\n")
+        row, at = place % len(lines), place % (len(content) + 1)
+        if kind == "replace":
+            content = content[:at] + token.encode() + content[at + length :]
+        elif kind == "insert":
+            content = content[:at] + token.encode() + content[at:]
+        elif kind == "byte":
+            content = content[:at] + bytes([length * 6]) + content[at + 1 :]
+        elif kind == "cut":
+            content = content[: len(content) - length]
+        else:
+            other = (row + length) % len(lines)
+            if kind == "double":
+                lines.insert(other, lines[row])
+            elif kind == "drop":
+                del lines[row]
+            else:
+                lines[row], lines[other] = lines[other], lines[row]
+            content = b"\n".join(lines)
+    return content
+
+
+def survives(config: DataConfig, path: Path, original: bytes, edits, there: set[str]) -> sources.Data | None:
+    """What comes of the spoilt file: a sentence, or a data set that holds together, of the files that are there."""
+    path.write_bytes(mutate(original, edits))
+    try:
+        data = load(config)
+    except BadInput as error:
+        assert str(error)
+        return None
+    for part in data.train, data.test:
+        files = {os.path.normpath(file) for file in part.files.tolist()}
+        assert len(files) == len(part.files) == len(part.labels) and files <= there
+        assert part.labels.min(initial=0) >= 0 and part.labels.max(initial=0) < len(set(part.classes))
+    return data
+
+
+@pytest.fixture
+def table(folder):
+    rows = [f"{path.relative_to(folder)},{path.parent.name}" for path in sorted((folder / "train").rglob("*.*g"))]
+    text = "file_name,label,split\n" + "".join(f"{row},{'train' if i % 3 else 'test'}\n" for i, row in enumerate(rows))
+    (folder / "table.csv").write_text(text)
+    return folder / "table.csv"
+
+
+@given(edits=EDITS)
+@MUTATED
+def test_mutated_csv(table, request, edits):
+    original = request.node.stash.setdefault(ORIGINAL, table.read_bytes())
+    there = request.node.stash.setdefault(THERE, files_below(table.parent))
+    data = survives(DataConfig("csv", str(table)), table, original, edits, there)
+    content = table.read_bytes()
+    if data and not set(b'"\r\0') & set(content):
+        rows = [row for row in csv.DictReader(io.StringIO(content.decode().lstrip("\n"), newline="")) if row]
+        of_file = {row["file_name"]: row["label"] for row in rows}
+        for part in data.train, data.test:
+            assert [of_file[file] for file in part.files.tolist()] == [part.classes[label] for label in part.labels]
+        assert "split" not in rows[0] or len(data.train) + len(data.test) == len(rows)
+
+
+ORIGINAL, THERE = pytest.StashKey[bytes](), pytest.StashKey[set[str]]()
+
+
+def files_below(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("source", "file"),
+    [
+        ("clothing1m", "noisy_train_key_list.txt"),
+        ("clothing1m", "noisy_label_kv.txt"),
+        ("webvision", "info/val_filelist.txt"),
+        ("tiny_imagenet", "val/val_annotations.txt"),
+    ],
+)
+@given(edits=EDITS)
+@MUTATED
+def test_mutated_lists(lists, source, file, edits):
+    root, originals, there = lists
+    config, path = (
+        DataConfig(source, str(root / KIND_OF.get(source, source))),
+        root / KIND_OF.get(source, source) / file,
+    )
+    data = survives(config, path, originals[source, file], edits, there[source])
+    text = path.read_bytes()
+    path.write_bytes(originals[source, file])
+    if data and source != "tiny_imagenet":
+        lines = [line.strip() for line in text.decode().replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+        part = data.test if "val" in file else data.train
+        names = [name.removeprefix("val_images_256/") for name in part.files.tolist()]
+        if "key_list" in file:
+            assert names == [line for line in lines if line]
+        else:
+            of_file = {line.rsplit(None, 1)[0]: int(line.rsplit(None, 1)[1]) for line in lines if line}
+            assert [of_file[name] for name in names] == part.labels.tolist()
+
+
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mutated")
+    originals, there = {}, {}
+    for source in ("clothing1m", "webvision", "tiny_imagenet"):
+        kind = KIND_OF.get(source, source)
+        fixtures.make(kind, root / kind)
+        for path in (root / kind).rglob("*.txt"):
+            originals[source, str(path.relative_to(root / kind))] = path.read_bytes()
+        there[source] = files_below(root / kind)
+    return root, originals, there
+
+
+# -- label files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def human(miniatures):
+    """The labels of a miniature CIFAR-10 and what people might have called them."""
+    config = DataConfig("cifar10", str(miniatures / "cifar10"))
+    clean = load(config).train.labels
+    rng = np.random.default_rng(0)
+    names = ("aggre_label", "worse_label", "random_label1")
+    noisy = {name: np.where(rng.random(200) < 0.3, rng.integers(10, size=200), clean) for name in names}
+    return config, {"clean_label": clean, **noisy}
+
+
+def with_noise(config, path, key="worse_label"):
+    return load(replace(config, noise=NoiseConfig("file", file=str(path), key=key)))
+
+
+def test_cifar_n_as_published(human, tmp_path):
+    config, labels = human
+    torch.save(labels, tmp_path / "CIFAR-10_human.pt")
+    torch.save({name: torch.from_numpy(one) for name, one in labels.items()}, tmp_path / "tensors.pt")
+    np.savez(tmp_path / "human.npz", **labels)
+    order = np.random.default_rng(1).permutation(200)  # row i is image order[i]
+    ordered = {name: one[order] for name, one in labels.items()}
+    np.save(tmp_path / "CIFAR-10_human_ordered.npy", ordered, allow_pickle=True)
+    with pytest.raises(BadInput, match=r"its order is another; CIFAR-N's .npy needs image_order_c10.npy"):
+        with_noise(config, tmp_path / "CIFAR-10_human_ordered.npy")
+    np.save(tmp_path / "image_order_c10.npy", order)
+    for name in ("CIFAR-10_human.pt", "tensors.pt", "human.npz", "CIFAR-10_human_ordered.npy"):
+        train = with_noise(config, tmp_path / name).train
+        assert np.array_equal(train.labels, labels["worse_label"]), name
+        assert np.array_equal(train.true_labels, labels["clean_label"])
+    with pytest.raises(BadInput, match="data.noise.key=None.*choose aggre_label, worse_label, random_label1"):
+        with_noise(config, tmp_path / "CIFAR-10_human.pt", key=None)
+
+
+def test_label_files_with_a_program_in_them_are_refused(human, tmp_path, monkeypatch):
+    config, _ = human
+    monkeypatch.chdir(tmp_path)
+    torch.save({"worse_label": _Evil()}, tmp_path / "evil.pt")
+    np.save(tmp_path / "evil.npy", {"worse_label": _Evil()}, allow_pickle=True)
+    (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04")
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04")
+    (tmp_path / "broken.json").write_text("[1, 2")
+    (tmp_path / "ragged.json").write_text("[[1], [2, 3]]")
+    for name in ("evil.pt", "evil.npy", "broken.pt", "broken.npz", "broken.json", "ragged.json"):
+        with pytest.raises(BadInput, match=name):
+            with_noise(config, tmp_path / name)
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_noise_is_written_for_others_and_read_back(human, tmp_path, capsys):
+    config, _ = human
+    noisy = replace(config, noise=NoiseConfig("symmetric", 0.4))
+    expected = load(noisy).noisy_labels
+    console = Console(highlight=False, width=120)
+    for name in ("dividemix.json", "human.npy", "labels.npz"):
+        check.say_noise(noisy, tmp_path / name, console)
+        assert np.array_equal(with_noise(config, tmp_path / name, key=None).noisy_labels, expected)
+    wrong = np.mean(expected != load(config).train.labels)
+    said = capsys.readouterr().out
+    assert f"{wrong:.2%} of 200 labels are wrong" in said and "9 truck" in said
+    assert json.loads((tmp_path / "dividemix.json").read_text()) == expected.tolist()
+    published = np.load(tmp_path / "human.npy", allow_pickle=True).item()  # as CIFAR-N's own code reads it
+    assert np.array_equal(published.get("noisy_label"), expected)
+    with pytest.raises(BadInput, match="human.npy: is there already"):
+        check.say_noise(noisy, tmp_path / "human.npy", console)
+    with pytest.raises(BadInput, match="must end in .json, .npy, .npz"):
+        check.say_noise(noisy, tmp_path / "human.txt", console)
+    with pytest.raises(BadInput, match="no true labels"):
+        check.say_noise(config, None, console)
+
+
+# -- data check --------------------------------------------------------------------------------------------------------
+
+
+def test_check_finds_what_is_broken_and_a_training_goes_without(miniature, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = miniature("clothing1m")
+    root = Path(config.root)
+    train, test, _ = load(config)
+    cut, text, gone, twice, gif = (root / file for file in train.files[:5].tolist())
+    content = cut.read_bytes()
+    cut.write_bytes(content[: len(content) // 2])
+    text.write_text("no image")
+    gone.unlink()
+    shutil.copy(root / test.files[0], twice)
+    shutil.copy(root / train.files[6], root / train.files[5])
+    Image.new("RGB", (9, 9)).save(gif, "GIF")
+    words = ["configs/clothing1m.yaml", f"data.root={root}"]
+    assert cli.main(["train", *words]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert cli.main(["data", "check", *words]) == 0
+    said = capsys.readouterr().out
+    for line in ("missing +1", "unreadable +3", "all 14 +112 +28", "1 in train, 0 in test", "images in train too +1 "):
+        assert re.search(line, said), said
+    out = tmp_path / "checks" / "clothing1m"
+    bad = {row["file_name"]: row["problem"] for row in csv.DictReader(open(out / "bad_files.csv", newline=""))}
+    assert list(bad) == [str(path.relative_to(root)) for path in (cut, text, gone, gif)]
+    assert [
+        next(iter(set(problem.split()) & {"truncated", "identify", "missing", "GIF,"})) for problem in bad.values()
+    ] == (["truncated", "identify", "missing", "GIF,"])
+    again = list(csv.DictReader(open(out / "duplicates.csv", newline="")))
+    assert {(row["file_name"], row["same_as_file_name"]) for row in again} == {
+        (str(test.files[0]), str(twice.relative_to(root))),
+        (str(train.files[6]), str(train.files[5])),
+    }
+    with Image.open(out / "contact.png") as sheet:
+        assert sheet.width == 8 * check.TILE and sheet.height == 8 * (check.TILE + check.CAPTION)
+
+    small = ["model.main.name=small_cnn", "model.main.weights=null", "views.image_size=32", "optim.epochs=2"]
+    assert cli.main(["train", *words, f"data.skip={out / 'bad_files.csv'}", *small, "--out", "run"]) == 0
+    with open(tmp_path / "run" / "labels" / "issues.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 112 - 4
+
+
+def test_the_manifest_of_a_check_opens_as_a_table(folder, tmp_path):
+    config = DataConfig("folder", str(folder))
+    check.check(config, tmp_path / "out", Console(file=io.StringIO()))
+    shutil.copy(tmp_path / "out" / "manifest.parquet", folder)
+    found, expected = load(DataConfig("csv", str(folder / "manifest.parquet"))), load(config)
+    assert (found.train.digest, found.test.digest) == (expected.train.digest, expected.test.digest)
+    assert found.train.classes == CLASSES
+
+
+def test_noise_is_matched_before_files_are_left_out(folder, tmp_path):
+    full = load(DataConfig("folder", str(folder), noise=NoiseConfig("symmetric", 0.5)))
+    np.save(tmp_path / "n.npy", full.noisy_labels)
+    (tmp_path / "skip.csv").write_text("file_name\n" + "".join(f"{file}\n" for file in full.train.files[:4].tolist()))
+    config = DataConfig("folder", str(folder), skip=str(tmp_path / "skip.csv"))
+    part = load(replace(config, noise=NoiseConfig("file", file=str(tmp_path / "n.npy")))).train
+    assert (
+        part.files.tolist() == full.train.files[4:].tolist() and part.labels.tolist() == full.train.labels[4:].tolist()
+    )
+    (tmp_path / "skip.csv").write_text("file_name\n" + "".join(f"{file}\n" for file in full.test.files.tolist()))
+    refused(config, "skip.csv", "every file of a split")
+
+
+def test_classes_without_test_images_are_said(folder, tmp_path, capsys):
+    shutil.rmtree(folder / "test" / "owl")
+    check.check(DataConfig("folder", str(folder)), tmp_path / "out", Console(width=120))
+    assert "1 of 3 classes have no test images: owl" in capsys.readouterr().out
