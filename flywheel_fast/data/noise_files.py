@@ -7,9 +7,10 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import pyarrow as pa
 
 from flywheel_fast.data import pickles
-from flywheel_fast.data.manifest import read_columns
+from flywheel_fast.data.manifest import read_table
 from flywheel_fast.errors import BadInput
 
 
@@ -103,8 +104,8 @@ def _json(where: str, path: Path) -> Any:
     return json.loads(path.read_bytes())
 
 
-def _csv(where: str, path: Path) -> dict[str, np.ndarray]:
-    return read_columns(where, path, required=("label",), optional=("file_name",))
+def _csv(where: str, path: Path) -> pa.Table:
+    return read_table(where, path, required=("label",), optional=("file_name",))
 
 
 READERS = {".pt": _torch, ".pth": _torch, ".json": _json, ".csv": _csv}
@@ -113,15 +114,16 @@ READERS = {".pt": _torch, ".pth": _torch, ".json": _json, ".csv": _csv}
 # -- from there to labels in the data set's order ----------------------------------------------------------------------
 
 
-def _by_file(where: str, table: dict[str, np.ndarray], files: np.ndarray | None) -> np.ndarray:
+def _by_file(where: str, table: pa.Table, files: np.ndarray | None) -> np.ndarray:
     """Labels [rows] str, in the order of `files` where the table names them."""
-    if "file_name" not in table or files is None:
-        return table["label"]
-    row_of = {name: row for row, name in enumerate(table["file_name"].tolist())}
+    labels = table["label"].to_numpy()
+    if "file_name" not in table.column_names or files is None:
+        return labels
+    row_of = {name: row for row, name in enumerate(table["file_name"].to_pylist())}
     gone = next((file for file in files.tolist() if file not in row_of), None)
     if gone is not None:
         raise BadInput(f"{where}: has no row for the training file {gone!r}; give one for each")
-    return table["label"][[row_of[file] for file in files.tolist()]]
+    return labels[[row_of[file] for file in files.tolist()]]
 
 
 def _chosen(where: str, path: Path, arrays: dict, key: str | None, labels: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from flywheel_fast.data import noise
-from flywheel_fast.data.manifest import Manifest, missing, read_columns
+from flywheel_fast.data.manifest import Manifest, missing, read_table
 from flywheel_fast.data.noise import NoiseConfig
 from flywheel_fast.data.sources import arrays, folders, lists, tables
 from flywheel_fast.errors import BadInput
@@ -120,8 +120,9 @@ def absent(manifest: Manifest, config: DataConfig) -> np.ndarray:  # [missing] i
 
 def _kept(path: str, *manifests: Manifest) -> list[np.ndarray]:
     """Rows of each manifest that the table does not name."""
-    named = read_columns(f"data.skip {path}", Path(path), required=("file_name",), optional=())["file_name"]
-    kept = [np.flatnonzero(~np.isin(manifest.files, named)) for manifest in manifests]
+    table = read_table(f"data.skip {path}", Path(path), required=("file_name",), optional=())
+    named = set(table["file_name"].to_pylist())
+    kept = [np.flatnonzero([file not in named for file in manifest.files.tolist()]) for manifest in manifests]
     if not all(map(len, kept)):
         raise BadInput(f"data.skip {path}: names every file of a split; nothing would be left")
     return kept

@@ -57,7 +57,7 @@ def cifar(root: Path, name: str) -> tuple[Manifest, Manifest]:
 
     def manifest(split: str) -> Manifest:
         labels = parts[split][1]
-        files = np.array([f"{split}/{number:05}.png" for number in range(len(labels))], dtype=str)
+        files = [f"{split}/{number:05}.png" for number in range(len(labels))]
         return Manifest(cache, files, labels, classes)
 
     return manifest("train"), manifest("test")

@@ -51,7 +51,7 @@ def class_folders(root: Path, split: str, classes: tuple[str, ...] | None) -> Ma
         labels += [of_class[name]] * len(inside)
     if not files:
         raise BadInput(f"{base}: its class folders hold no images; add some, or remove the folder")
-    return Manifest(root, np.array(files), np.array(labels, dtype=np.int64), tuple(of_class))
+    return Manifest(root, files, np.array(labels, dtype=np.int64), tuple(of_class))
 
 
 def natural(names: list[str]) -> list[str]:

@@ -1,6 +1,8 @@
 """Data sets that are published as images and text files that list them: Tiny-ImageNet, Clothing1M, WebVision."""
 
+from array import array
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +43,15 @@ def clothing1m(root: Path) -> tuple[Manifest, Manifest]:
             if name not in of_file:
                 raise BadInput(f"{keys}: line {number + 1}: {name!r} has no label in {kv.name}; add one, or remove it")
         labels = np.array([of_file[name] for name in files], dtype=np.int64)
-        parts.append(Manifest(root, np.array(files, dtype=str), labels, CLOTHING1M_CLASSES))
+        parts.append(Manifest(root, files, labels, CLOTHING1M_CLASSES))
     train, test = parts
-    both = np.flatnonzero(np.isin(test.files, train.files))
-    if len(both):
-        raise BadInput(
-            f"{base / 'clean_test_key_list.txt'}: line {both[0] + 1}: {str(test.files[both[0]])!r} is in "
-            f"noisy_train_key_list.txt too; take it out of one of the two"
-        )
+    trained_on = set(train.files.tolist())
+    for number, name in enumerate(test.files.tolist()):
+        if name in trained_on:
+            raise BadInput(
+                f"{base / 'clean_test_key_list.txt'}: line {number + 1}: {name!r} is in noisy_train_key_list.txt too; "
+                f"take it out of one of the two"
+            )
     return train, test
 
 
@@ -68,17 +71,17 @@ def webvision(root: Path, mini: bool) -> tuple[Manifest, Manifest]:
         for name in lists:
             path = root / "info" / name
             names, numbers = _labelled(path, len(classes), f"{'val000001' if folder else 'google/q0001/NAME'}.jpg 3")
-            names = _names(path, names, folder)
-            if mini:
-                chosen = np.flatnonzero(numbers < MINI)
-                names, numbers = [names[row] for row in chosen.tolist()], numbers[chosen]
-            files += names
+            files += _names(path, names, folder)
             labels.append(numbers)
-        if not files:
-            raise BadInput(f"{root / 'info' / lists[0]}: names no image" + f" of the first {MINI} classes" * mini)
         if len(lists) > 1 and (again := first_repeated(files)) is not None:
             raise BadInput(f"{root / 'info' / lists[-1]}: names {files[again]!r}, which {lists[0]} names too; keep one")
-        return Manifest(root, np.array(files, dtype=str), np.concatenate(labels), kept)
+        whole = Manifest(root, files, np.concatenate(labels), kept)
+        if not mini:
+            return whole
+        chosen = np.flatnonzero(whole.labels < MINI)
+        if not len(chosen):
+            raise BadInput(f"{root / 'info' / lists[0]}: names no image of the first {MINI} classes")
+        return whole.subset(chosen)
 
     engines = ("google",) if mini else ("google", "flickr")
     train = part([f"train_filelist_{engine}.txt" for engine in engines], "")
@@ -104,7 +107,7 @@ def tiny_imagenet(root: Path) -> tuple[Manifest, Manifest]:
             )
         files.append(fields[0])
         labels.append(of_wnid[fields[1]])
-    files = np.array(_names(path, files, "val/images/"), dtype=str)
+    files = _names(path, files, "val/images/")
     words = dict(line.partition("\t")[::2] for line in _lines(root / "words.txt"))
     unnamed = [wnid for wnid in train.classes if wnid not in words]
     if unnamed:
@@ -126,23 +129,29 @@ def _class_names(path: Path, words: list[tuple[str, str]]) -> tuple[str, ...]:
     return tuple(name if count[name] == 1 else f"{name} ({wnid})" for (wnid, _), name in zip(words, first, strict=True))
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> Iterator[str]:
+    """Lines of the file, without empty ones at its end; at least one."""
+    some, empty = False, 0
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                if line.isspace():
+                    empty += 1
+                    continue
+                yield from [""] * empty
+                yield line.rstrip("\n")
+                some, empty = True, 0
     except FileNotFoundError:
         raise BadInput(f"{path}: is missing; the data set as published has it") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot be read ({error})") from error
-    while lines and not lines[-1].strip():
-        lines.pop()
-    if not lines:
+    if not some:
         raise BadInput(f"{path}: is empty; the data set as published has a line for each image or class")
-    return lines
 
 
 def _labelled(path: Path, num_classes: int, form: str) -> tuple[list[str], np.ndarray]:
     """Lines `NAME LABEL` as names and labels [lines] int64."""
-    names, labels = [], []
+    names, labels = [], array("q")
     for number, line in enumerate(_lines(path)):
         fields = line.rsplit(None, 1)
         if len(fields) != 2:

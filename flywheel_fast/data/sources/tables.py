@@ -4,8 +4,10 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import compute
 
-from flywheel_fast.data.manifest import Manifest, leads_out, read_columns, row_number
+from flywheel_fast.data.manifest import Manifest, holds, leads_out, read_table, row_number
 from flywheel_fast.data.sources.folders import TEST_FOLDERS, is_number, natural
 from flywheel_fast.errors import BadInput
 
@@ -20,14 +22,17 @@ def read(path: Path) -> tuple[Manifest, Manifest | None]:
     in_train = table.split == "train"
     if not in_train.any():
         raise BadInput(f"{path}: holds no training rows")
-    for row, name in enumerate(table.files.tolist()):
-        if leads_out(name):
-            raise BadInput(f"{table.place(row)}: {name!r} lies outside {root}; put the table above its images")
-    classes = tuple(natural(np.unique(table.label[in_train]).tolist()))
+    if (
+        table.odd_paths
+        and (row := next((i for i, name in enumerate(table.files) if leads_out(name)), None)) is not None
+    ):
+        raise BadInput(f"{table.place(row)}: {table.files[row]!r} lies outside {root}; put the table above its images")
+    values, codes = table.labels["label"]
+    classes = tuple(natural(values[np.unique(codes[in_train])].tolist()))
 
     def part(rows: np.ndarray) -> Manifest:
-        true = None if table.true is None else table.numbers("true_label", table.true, rows, classes)
-        return Manifest(root, table.files[rows], table.numbers("label", table.label, rows, classes), classes, true)
+        labels = {name: table.numbers(name, rows, classes) for name in table.labels}
+        return Manifest(root, table.files[rows], labels["label"], classes, labels.get("true_label"))
 
     return part(np.flatnonzero(in_train)), None if in_train.all() else part(np.flatnonzero(~in_train))
 
@@ -43,57 +48,67 @@ def _metadata(root: Path) -> list[tuple[Path, str]]:
 
 
 class _Table:
-    """The rows of all tables, one after the other, each column [rows] str."""
+    """The rows of all tables, one after the other: `files` [rows] str, `split` [rows] str, and labels as text, each by
+    its distinct values and the number of each row's in these."""
 
     def __init__(self, tables: list[tuple[Path, str]]):
         self.tables, self.starts, parts = [path for path, _ in tables], [0], []
         for path, folder in tables:
-            optional = ("split", "true_label")
-            columns = read_columns(f"data.root {path}", path, required=("file_name", "label"), optional=optional)
+            optional = ("true_label",) if folder else ("true_label", "split")
+            part = read_table(f"data.root {path}", path, required=("file_name", "label"), optional=optional)
             if folder:
-                columns["file_name"] = np.array(
-                    [f"{folder}/{name}" for name in columns["file_name"].tolist()], dtype=str
-                )
-                columns["split"] = np.full(len(columns["label"]), folder)
-            parts.append(columns)
-            self.starts.append(self.starts[-1] + len(columns["label"]))
-        if len({"true_label" in part for part in parts}) > 1:
+                below = compute.binary_join_element_wise(folder, part["file_name"], "/")
+                part = part.set_column(0, "file_name", below).append_column("split", pa.array([folder] * len(part)))
+            parts.append(part)
+            self.starts.append(self.starts[-1] + len(part))
+        if len({tuple(part.column_names) for part in parts}) > 1:
             raise BadInput(f"{self.tables[0]} and {self.tables[-1]}: only one has a column true_label; give it to both")
-
-        def column(name: str) -> np.ndarray:
-            return np.concatenate([part[name] for part in parts])
-
-        self.files, self.label = column("file_name"), column("label")
-        self.split = column("split") if "split" in parts[0] else self._split_by_folder()
-        self.true = column("true_label") if "true_label" in parts[0] else None
-        strange = np.flatnonzero(~np.isin(self.split, SPLITS))
-        if len(strange):
-            raise BadInput(
-                f"{self.place(strange[0])} has split {str(self.split[strange[0]])!r}; it must be train or test"
-            )
+        table = pa.concat_tables(parts)
+        self.files = table["file_name"].to_numpy()
+        self.odd_paths = (
+            holds(table["file_name"], "..", "\0") or compute.any(compute.starts_with(table["file_name"], "/")).as_py()
+        )
+        self.labels = {name: _coded(table[name]) for name in ("label", "true_label") if name in table.column_names}
+        self.split = self._splits(*_coded(table["split"])) if "split" in table.column_names else self._split_by_folder()
 
     def place(self, row: int) -> str:
         table = int(np.searchsorted(self.starts, row, side="right")) - 1
         return f"{self.tables[table]}: row {row_number(self.tables[table], row - self.starts[table])}"
 
+    def _splits(self, values: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        strange = np.flatnonzero(~np.isin(values, SPLITS)[codes])
+        if len(strange):
+            raise BadInput(
+                f"{self.place(strange[0])} has split {values[codes[strange[0]]]!r}; it must be train or test"
+            )
+        return values[codes]
+
     def _split_by_folder(self) -> np.ndarray:
         """What the first folder of each path says, where it says so of all; else everything is for training."""
-        first = np.array([os.path.normpath(name).split("/")[0] for name in self.files.tolist()], dtype=str)
-        by_folder = self.tables[0].stem == "metadata" and len(first) and np.isin(first, SPLITS).all()
-        return first if by_folder else np.full(len(self.files), "train")
+        first = [os.path.normpath(name).split("/")[0] for name in self.files.tolist()]
+        by_folder = self.tables[0].stem == "metadata" and set(first) <= set(SPLITS)
+        return np.array(first if by_folder else ["train"] * len(first), dtype=object)
 
-    def numbers(self, name: str, column: np.ndarray, rows: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
+    def numbers(self, name: str, rows: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
         """Labels [rows] int64; each must be the label of a training row."""
+        values, codes = self.labels[name]
         of_class = {name: label for label, name in enumerate(classes)}
-        texts = column[rows].tolist()
-        for row, text in zip(rows.tolist(), texts, strict=True):
-            if text in of_class:
-                continue
-            if is_number(text) != all(map(is_number, classes)):
-                kinds = ("a number", "names") if is_number(text) else ("a name", "numbers")
-                raise BadInput(
-                    f"{self.place(row)}: {name} {text!r} is {kinds[0]}, but the labels of the training rows are "
-                    f"{kinds[1]}; use one of the two"
-                )
-            raise BadInput(f"{self.place(row)}: {name} {text!r} is the label of no training row; add one, or remove it")
-        return np.array([of_class[text] for text in texts], dtype=np.int64)
+        found = np.array([of_class.get(text, -1) for text in values.tolist()], dtype=np.int64)[codes[rows]]
+        unknown = np.flatnonzero(found < 0)
+        if not len(unknown):
+            return found
+        row = rows[unknown[0]]
+        text = values[codes[row]]
+        if is_number(text) != all(map(is_number, classes)):
+            kinds = ("a number", "names") if is_number(text) else ("a name", "numbers")
+            raise BadInput(
+                f"{self.place(row)}: {name} {text!r} is {kinds[0]}, but the labels of the training rows are {kinds[1]};"
+                f" use one of the two"
+            )
+        raise BadInput(f"{self.place(row)}: {name} {text!r} is the label of no training row; add one, or remove it")
+
+
+def _coded(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct values [V] str, and the number of each row's in these [rows] int64."""
+    coded = column.combine_chunks().dictionary_encode()
+    return coded.dictionary.to_numpy(zero_copy_only=False), coded.indices.to_numpy().astype(np.int64)
