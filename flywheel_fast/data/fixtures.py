@@ -43,7 +43,7 @@ class _Pictures:
             of_folder = defaultdict(list)
             for path in sorted(images.rglob("*")):
                 if path.suffix.lower() in IMAGE_SUFFIXES:
-                    of_folder[path.parent].append(path)
+                    of_folder[path.parent.name].append(path)
             self.pools = list(of_folder.values())
             if not self.pools:
                 raise BadInput(f"--images {images}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
