@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,6 +212,76 @@ def test_a_folder_without_a_table_is_named(folder):
     refused(DataConfig("csv", str(folder)), folder, "metadata.csv", "data.source=folder")
     (folder / "x.parquet").write_bytes(b"PAR1")
     refused(DataConfig("csv", str(folder / "x.parquet")), "x.parquet: is not a Parquet file")
+
+
+# -- shards ------------------------------------------------------------------------------------------------------------
+
+
+def shard(path: Path, members: list[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
+def test_shards_hold_the_same_samples_as_the_folders(folder, tmp_path):
+    expected = load(DataConfig("folder", str(folder)))
+    for split, part in (("train", expected.train), ("test", expected.test)):
+        samples = []
+        for number, (file, label) in enumerate(zip(part.files.tolist(), part.labels.tolist(), strict=True)):
+            path, name = folder / file, part.classes[label]
+            field = (".cls", name.encode()) if number % 2 else (".json", json.dumps({"label": name}).encode())
+            samples.append([(f"./{number:04}{path.suffix}", path.read_bytes()), (f"./{number:04}{field[0]}", field[1])])
+        for number in range(2):
+            shard(tmp_path / "shards" / f"{split}-{number}.tar", sum(samples[number::2], []))
+    config = DataConfig("webdataset", str(tmp_path / "shards"))
+    found = load(config)
+    for split in ("train", "test"):
+        given, want = getattr(found, split), getattr(expected, split)
+        assert given.classes == want.classes
+        contents = [
+            sorted(
+                (part.classes[y], (part.root / f).read_bytes()) for f, y in zip(part.files, part.labels, strict=True)
+            )
+            for part in (given, want)
+        ]
+        assert contents[0] == contents[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tarfile, "open", None)  # unpacked once
+        assert load(config).train.digest == found.train.digest
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ([("a.jpg", b"x"), ("b.cls", b"1")], ["sample 'a' has no label", "a.cls"]),
+        ([("a.cls", b"1")], ["sample 'a' has no image"]),
+        ([("a.jpg", b"x"), ("a.cls", b"\xff")], ["sample 'a' has no label"]),
+        ([("a.jpg", b"x"), ("a.json", b"[1]")], ["sample 'a' has no label"]),
+        ([("../a.jpg", b"x"), ("../a.cls", b"1")], ["'../a.jpg' leads out"]),
+        ([("/a.jpg", b"x")], ["'/a.jpg' leads out"]),
+    ],
+)
+def test_a_bad_shard_is_named_and_leaves_nothing(tmp_path, members, said):
+    shard(tmp_path / "shards" / "0.tar", members)
+    cache = Path(os.environ["XDG_CACHE_HOME"]) / "flywheel-fast"
+    cache.mkdir(exist_ok=True)
+    before = set(cache.iterdir())
+    refused(DataConfig("webdataset", str(tmp_path / "shards")), "0.tar", *said)
+    assert set(cache.iterdir()) == before
+
+
+def test_what_is_no_shard_is_named(tmp_path):
+    refused(DataConfig("webdataset", str(tmp_path)), tmp_path, "no .tar files")
+    (tmp_path / "0.tar").write_bytes(b"no tar file" * 100)
+    refused(DataConfig("webdataset", str(tmp_path)), "0.tar: is no tar file")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        entry = tarfile.TarInfo("a.jpg")
+        entry.type, entry.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(entry)
+    refused(DataConfig("webdataset", str(tmp_path)), "'a.jpg' leads out")
 
 
 # -- bad layouts -------------------------------------------------------------------------------------------------------

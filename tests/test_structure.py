@@ -13,7 +13,8 @@ FLOORS = [  # a module may import from floors below its own, and from the rooms 
     {"em", "losses", "models", "learner", "env"}
     | {"data.manifest", "data.order", "data.pickles"}
     | {"data.noise", "data.noise_files"},
-    {"data.sources.folders", "data.sources.tables", "data.sources.lists", "data.sources.arrays"},
+    {"data.sources.folders", "data.sources.tables", "data.sources.lists", "data.sources.arrays"}
+    | {"data.sources.shards", "data.sources.cache"},
     {"data.sources.__init__", "data.fixtures"},
     {"cycle", "data.pipelines", "checkpoint", "run_folder", "screen"},
     {"audit", "doctor", "data.check"},
@@ -26,7 +27,9 @@ BESIDE = {
     ("data.noise", "data.noise_files"),
     ("data.noise_files", "data.manifest"),
     ("data.noise_files", "data.pickles"),
-    *((f"data.sources.{family}", "data.sources.folders") for family in ("tables", "lists", "arrays")),
+    *((f"data.sources.{family}", "data.sources.folders") for family in ("tables", "lists", "arrays", "shards")),
+    *((f"data.sources.{family}", "data.sources.cache") for family in ("arrays", "shards")),
+    ("data.sources.shards", "data.sources.tables"),
     ("run_folder", "checkpoint"),
     ("config", "errors"),
 }

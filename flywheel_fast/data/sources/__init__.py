@@ -10,13 +10,14 @@ import numpy as np
 from flywheel_fast.data import noise
 from flywheel_fast.data.manifest import Manifest, missing, read_table
 from flywheel_fast.data.noise import NoiseConfig
-from flywheel_fast.data.sources import arrays, folders, lists, tables
+from flywheel_fast.data.sources import arrays, folders, lists, shards, tables
 from flywheel_fast.errors import BadInput
 
 SOURCES: dict[str, Callable[[Path], tuple[Manifest, Manifest | None]]] = {
     "digits": lambda root: arrays.digits(),
     "folder": folders.read,
     "csv": tables.read,
+    "webdataset": shards.read,
     "cifar10": lambda root: arrays.cifar(root, "cifar10"),
     "cifar100": lambda root: arrays.cifar(root, "cifar100"),
     "tiny_imagenet": lists.tiny_imagenet,
@@ -30,11 +31,20 @@ LISTED = {"csv", "tiny_imagenet", "clothing1m", "webvision", "webvision_mini"}  
 @dataclass(frozen=True)
 class DataConfig:
     source: Literal[
-        "digits", "folder", "csv", "cifar10", "cifar100", "tiny_imagenet", "clothing1m", "webvision", "webvision_mini"
+        "digits",
+        "folder",
+        "csv",
+        "webdataset",
+        "cifar10",
+        "cifar100",
+        "tiny_imagenet",
+        "clothing1m",
+        "webvision",
+        "webvision_mini",
     ] = "digits"
     """digits: scikit-learn's; folder: root/train/CLASS/* and root/test/CLASS/*, or root/CLASS/*; csv: a CSV or Parquet
     file with columns file_name and label, and if there are any split (train, test) and true_label, or a folder with
-    such a metadata.csv; the others as they are published (docs/data.md)."""
+    such a metadata.csv; webdataset: a folder of tar shards; the others as they are published (docs/data.md)."""
     root: str = ""
     """The folder, or the table (its paths are relative to it)."""
     skip: str | None = None

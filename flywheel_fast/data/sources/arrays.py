@@ -1,17 +1,15 @@
 """Data sets that are arrays, not files: CIFAR's pickles, scikit-learn's digits; written once as PNG into the cache."""
 
 import hashlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable
+import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from flywheel_fast.data import pickles
 from flywheel_fast.data.manifest import Manifest
-from flywheel_fast.data.sources import folders
+from flywheel_fast.data.sources import cache, folders
 from flywheel_fast.errors import BadInput
 
 LAYOUT = {  # folder as unpacked, training and test batches, key of the labels; file and key of the class names
@@ -48,17 +46,17 @@ def cifar(root: Path, name: str) -> tuple[Manifest, Manifest]:
         sha.update(str(len(pixels)).encode())
         sha.update(pixels)
     pictures = (
-        (f"{split}/{number:05}.png", image)
+        (f"{split}/{number:05}.png", _png(image))
         for split, (pixels, _) in parts.items()
         for number, image in enumerate(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     )
     total = sum(len(labels) for _, labels in parts.values())
-    cache = _cached(f"{name}-{sha.hexdigest()[:16]}", pictures, total)
+    pngs = cache.made_once(f"{name}-{sha.hexdigest()[:16]}", pictures, total)
 
     def manifest(split: str) -> Manifest:
         labels = parts[split][1]
         files = [f"{split}/{number:05}.png" for number in range(len(labels))]
-        return Manifest(cache, files, labels, classes)
+        return Manifest(pngs, files, labels, classes)
 
     return manifest("train"), manifest("test")
 
@@ -90,53 +88,25 @@ def _text(name: object) -> str:
 
 def digits() -> tuple[Manifest, Manifest]:
     """1,797 handwritten digits of 8 x 8 pixels, 1,347 of them to train on."""
-    folder = _cache() / "digits-v1"
-    if not folder.is_dir():
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        images, labels = load_digits(return_X_y=True)
-        pixels = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        in_train, _ = train_test_split(np.arange(len(labels)), train_size=1347, random_state=0, stratify=labels)
-        split = np.full(len(labels), "test", dtype=object)
-        split[in_train] = "train"
-        named = [
-            f"{part}/{label}/{number:04}.png" for number, (part, label) in enumerate(zip(split, labels, strict=True))
-        ]
-        _cached(folder.name, zip(named, pixels, strict=True), len(named))
-    return folders.read(folder)
+    return folders.read(cache.made_once("digits-v1", _digits(), total=1797))
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flywheel-fast"
+def _digits() -> Iterator[tuple[str, bytes]]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    pixels = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    in_train, _ = train_test_split(np.arange(len(labels)), train_size=1347, random_state=0, stratify=labels)
+    split = np.full(len(labels), "test", dtype=object)
+    split[in_train] = "train"
+    for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+        yield f"{split[number]}/{label}/{number:04}.png", _png(image)
 
 
-def _cached(name: str, pictures: Iterable[tuple[str, np.ndarray]], total: int) -> Path:
-    """The cache's folder `name`; where it is not there yet it is made of `pictures`: path and [H, W(, 3)] uint8."""
+def _png(pixels: np.ndarray) -> bytes:  # [H, W] or [H, W, 3] uint8
     from PIL import Image
-    from rich.progress import track
 
-    folder = _cache() / name
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    except OSError as error:
-        why = error.strerror
-        raise BadInput(f"{folder.parent}: cannot be written ({why}); name a folder by XDG_CACHE_HOME") from error
-    try:
-        bar = track(pictures, f"writing {total:,} images to {folder}", total, transient=True, disable=total < 5000)
-        for file, pixels in bar:
-            path = temporary / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
-        temporary.rename(folder)
-    except OSError as error:
-        if not folder.is_dir():  # else another run was faster
-            raise BadInput(
-                f"{folder}: cannot be written ({error.strerror}); name a folder by XDG_CACHE_HOME"
-            ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    return content.getvalue()
