@@ -127,9 +127,11 @@ def _by_file(where: str, table: pa.Table, files: np.ndarray | None) -> np.ndarra
 
 
 def _chosen(where: str, path: Path, arrays: dict, key: str | None, labels: np.ndarray) -> np.ndarray:
-    """The array that is meant: `key`, or the one that is not of clean labels. These tell a wrong order."""
+    """The array that is meant: `key`, or label, noisy_label, or the only one of noisy labels. The clean ones tell a
+    wrong order."""
     noisy = [name for name in arrays if not str(name).startswith(("clean", "sha256"))]
-    key = key or ("label" if "label" in arrays else noisy[0] if len(noisy) == 1 else None)
+    usual = [name for name in ("label", "noisy_label") if name in arrays] or (noisy if len(noisy) == 1 else [None])
+    key = key or usual[0]
     if key not in arrays:
         choice = ", ".join(map(str, noisy or arrays))
         raise BadInput(f"{where}: data.noise.key={key} is not one of its arrays; choose {choice}")
