@@ -1,11 +1,9 @@
-"""Published layouts, tried on miniatures; label files of others; checks before a training; and what is refused."""
+"""Published layouts, tried on miniatures; tables and shards; and what is refused."""
 
-import csv
 import io
 import json
 import os
 import pickle
-import re
 import shutil
 import tarfile
 from dataclasses import replace
@@ -15,54 +13,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import torch
-from conftest import CLASSES
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from conftest import KIND_OF, refused
 from PIL import Image
-from rich.console import Console
 
-from flywheel_fast import cli
-from flywheel_fast.data import check, fixtures, pickles, sources
-from flywheel_fast.data.noise import NoiseConfig
+from flywheel_fast.data import fixtures, pickles
 from flywheel_fast.data.sources import DataConfig, load
 from flywheel_fast.errors import BadInput
 
-KIND_OF = {"webvision_mini": "webvision", "tiny_imagenet": "tiny-imagenet"}
 PUBLISHED = ("cifar10", "cifar100", "tiny_imagenet", "clothing1m", "webvision", "webvision_mini")
-
-
-@pytest.fixture(scope="session")
-def miniatures(tmp_path_factory):
-    base = tmp_path_factory.mktemp("miniatures")
-    for kind in fixtures.KINDS:
-        fixtures.make(kind, base / kind)
-    return base
-
-
-@pytest.fixture
-def miniature(miniatures, tmp_path):
-    """Makes a copy that a test may spoil."""
-
-    def copy(source: str) -> DataConfig:
-        kind = KIND_OF.get(source, source)
-        shutil.copytree(miniatures / kind, tmp_path / kind)
-        return DataConfig(source, str(tmp_path / kind))
-
-    return copy
 
 
 def edit(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
-
-
-def refused(config, *said, **options):
-    with pytest.raises(BadInput) as error:
-        load(config, **options)
-    assert all(str(part) in str(error.value) for part in said), error.value
-    assert "\n" not in str(error.value)
 
 
 # -- as published ------------------------------------------------------------------------------------------------------
@@ -140,20 +104,6 @@ def test_webvision_mini_is_the_first_fifty_classes_from_google(miniatures):
     assert np.bincount(mini.train.labels).tolist() == [4] * 50 and mini.train.classes == full.train.classes[:50]
     assert mini.train.classes[7:9] == ("thing 8 (n01447764)", "thing 8 (n01448764)")  # would be one name
     assert mini.test.files[0] == "val_images_256/val000001.jpg"
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny_imagenet", "clothing1m", "webvision"])
-def test_every_config_trains_to_the_end_on_its_miniature(miniatures, tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    root = miniatures / KIND_OF.get(name, name)
-    small = ["model.main.name=small_cnn", "model.main.width=8", "model.main.weights=null", "views.image_size=32"]
-    words = [f"data.root={root}", *small, "optim.epochs=2", "cycle.warmup=1", "optim.batch_size=32"]
-    words += ["data.source=cifar10"] * (name == "cifar10")  # the config is for class folders
-    assert cli.main(["train", f"configs/{name}.yaml", *words]) == 0
-    with open(tmp_path / "runs" / name / "labels" / "issues.csv", newline="") as file:
-        assert len(list(csv.DictReader(file))) == {"cifar100": 400, "tiny_imagenet": 120, "clothing1m": 112}.get(
-            name, 200
-        )
 
 
 def test_a_miniature_of_own_pictures(folder, tmp_path):
@@ -447,303 +397,3 @@ def test_a_cifar_batch_of_another_form_is_named(miniature, change):
     path = Path(config.root) / "cifar-10-batches-py" / "data_batch_2"
     path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes(), encoding="latin1") | change))
     refused(config, "data_batch_2", "its 'data' must be" if "data" in change else "its 'labels' must be")
-
-
-# -- ten thousand mutations --------------------------------------------------------------------------------------------
-
-TOKENS = [
-    "",
-    ",",
-    " ",
-    "\t",
-    "\n",
-    "\r",
-    '"',
-    "\0",
-    "../",
-    "/",
-    "//",
-    "./",
-    "é",
-    "\x85",
-    "-1",
-    "07",
-    "14",
-    "³",
-    "99999999999",
-]
-EDITS = st.lists(
-    st.tuples(
-        st.sampled_from(["replace", "insert", "double", "drop", "swap", "cut", "byte"]),
-        st.integers(0, 10**6),
-        st.integers(0, 40),
-        st.sampled_from(TOKENS),
-    ),
-    min_size=1,
-    max_size=3,
-)
-MUTATED = settings(
-    max_examples=2000,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
-
-def mutate(content: bytes, edits) -> bytes:
-    for kind, place, length, token in edits:
-        lines = content.split(b"\n")
-        row, at = place % len(lines), place % (len(content) + 1)
-        if kind == "replace":
-            content = content[:at] + token.encode() + content[at + length :]
-        elif kind == "insert":
-            content = content[:at] + token.encode() + content[at:]
-        elif kind == "byte":
-            content = content[:at] + bytes([length * 6]) + content[at + 1 :]
-        elif kind == "cut":
-            content = content[: len(content) - length]
-        else:
-            other = (row + length) % len(lines)
-            if kind == "double":
-                lines.insert(other, lines[row])
-            elif kind == "drop":
-                del lines[row]
-            else:
-                lines[row], lines[other] = lines[other], lines[row]
-            content = b"\n".join(lines)
-    return content
-
-
-def survives(config: DataConfig, path: Path, original: bytes, edits, there: set[str]) -> sources.Data | None:
-    """What comes of the spoilt file: a sentence, or a data set that holds together, of the files that are there."""
-    path.write_bytes(mutate(original, edits))
-    try:
-        data = load(config)
-    except BadInput as error:
-        assert str(error)
-        return None
-    for part in data.train, data.test:
-        files = {os.path.normpath(file) for file in part.files.tolist()}
-        assert len(files) == len(part.files) == len(part.labels) and files <= there
-        assert part.labels.min(initial=0) >= 0 and part.labels.max(initial=0) < len(set(part.classes))
-    return data
-
-
-@pytest.fixture
-def table(folder):
-    rows = [f"{path.relative_to(folder)},{path.parent.name}" for path in sorted((folder / "train").rglob("*.*g"))]
-    text = "file_name,label,split\n" + "".join(f"{row},{'train' if i % 3 else 'test'}\n" for i, row in enumerate(rows))
-    (folder / "table.csv").write_text(text)
-    return folder / "table.csv"
-
-
-@given(edits=EDITS)
-@MUTATED
-def test_mutated_csv(table, request, edits):
-    original = request.node.stash.setdefault(ORIGINAL, table.read_bytes())
-    there = request.node.stash.setdefault(THERE, files_below(table.parent))
-    data = survives(DataConfig("csv", str(table)), table, original, edits, there)
-    content = table.read_bytes()
-    if data and not set(b'"\r\0') & set(content):
-        rows = [row for row in csv.DictReader(io.StringIO(content.decode().lstrip("\n"), newline="")) if row]
-        of_file = {row["file_name"]: row["label"] for row in rows}
-        for part in data.train, data.test:
-            assert [of_file[file] for file in part.files.tolist()] == [part.classes[label] for label in part.labels]
-        assert "split" not in rows[0] or len(data.train) + len(data.test) == len(rows)
-
-
-ORIGINAL, THERE = pytest.StashKey[bytes](), pytest.StashKey[set[str]]()
-
-
-def files_below(root: Path) -> set[str]:
-    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize(
-    ("source", "file"),
-    [
-        ("clothing1m", "noisy_train_key_list.txt"),
-        ("clothing1m", "noisy_label_kv.txt"),
-        ("webvision", "info/val_filelist.txt"),
-        ("tiny_imagenet", "val/val_annotations.txt"),
-    ],
-)
-@given(edits=EDITS)
-@MUTATED
-def test_mutated_lists(lists, source, file, edits):
-    root, originals, there = lists
-    config, path = (
-        DataConfig(source, str(root / KIND_OF.get(source, source))),
-        root / KIND_OF.get(source, source) / file,
-    )
-    data = survives(config, path, originals[source, file], edits, there[source])
-    text = path.read_bytes()
-    path.write_bytes(originals[source, file])
-    if data and source != "tiny_imagenet":
-        lines = [line.strip() for line in text.decode().replace("\r\n", "\n").replace("\r", "\n").split("\n")]
-        part = data.test if "val" in file else data.train
-        names = [name.removeprefix("val_images_256/") for name in part.files.tolist()]
-        if "key_list" in file:
-            assert names == [line for line in lines if line]
-        else:
-            of_file = {line.rsplit(None, 1)[0]: int(line.rsplit(None, 1)[1]) for line in lines if line}
-            assert [of_file[name] for name in names] == part.labels.tolist()
-
-
-@pytest.fixture(scope="module")
-def lists(tmp_path_factory):
-    root = tmp_path_factory.mktemp("mutated")
-    originals, there = {}, {}
-    for source in ("clothing1m", "webvision", "tiny_imagenet"):
-        kind = KIND_OF.get(source, source)
-        fixtures.make(kind, root / kind)
-        for path in (root / kind).rglob("*.txt"):
-            originals[source, str(path.relative_to(root / kind))] = path.read_bytes()
-        there[source] = files_below(root / kind)
-    return root, originals, there
-
-
-# -- label files -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def human(miniatures):
-    """The labels of a miniature CIFAR-10 and what people might have called them."""
-    config = DataConfig("cifar10", str(miniatures / "cifar10"))
-    clean = load(config).train.labels
-    rng = np.random.default_rng(0)
-    names = ("aggre_label", "worse_label", "random_label1")
-    noisy = {name: np.where(rng.random(200) < 0.3, rng.integers(10, size=200), clean) for name in names}
-    return config, {"clean_label": clean, **noisy}
-
-
-def with_noise(config, path, key="worse_label"):
-    return load(replace(config, noise=NoiseConfig("file", file=str(path), key=key)))
-
-
-def test_cifar_n_as_published(human, tmp_path):
-    config, labels = human
-    torch.save(labels, tmp_path / "CIFAR-10_human.pt")
-    torch.save({name: torch.from_numpy(one) for name, one in labels.items()}, tmp_path / "tensors.pt")
-    np.savez(tmp_path / "human.npz", **labels)
-    order = np.random.default_rng(1).permutation(200)  # row i is image order[i]
-    ordered = {name: one[order] for name, one in labels.items()}
-    np.save(tmp_path / "CIFAR-10_human_ordered.npy", ordered, allow_pickle=True)
-    with pytest.raises(BadInput, match=r"its order is another; CIFAR-N's .npy needs image_order_c10.npy"):
-        with_noise(config, tmp_path / "CIFAR-10_human_ordered.npy")
-    np.save(tmp_path / "image_order_c10.npy", order)
-    for name in ("CIFAR-10_human.pt", "tensors.pt", "human.npz", "CIFAR-10_human_ordered.npy"):
-        train = with_noise(config, tmp_path / name).train
-        assert np.array_equal(train.labels, labels["worse_label"]), name
-        assert np.array_equal(train.true_labels, labels["clean_label"])
-    with pytest.raises(BadInput, match="data.noise.key=None.*choose aggre_label, worse_label, random_label1"):
-        with_noise(config, tmp_path / "CIFAR-10_human.pt", key=None)
-
-
-def test_label_files_with_a_program_in_them_are_refused(human, tmp_path, monkeypatch):
-    config, _ = human
-    monkeypatch.chdir(tmp_path)
-    torch.save({"worse_label": _Evil()}, tmp_path / "evil.pt")
-    np.save(tmp_path / "evil.npy", {"worse_label": _Evil()}, allow_pickle=True)
-    (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04")
-    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04")
-    (tmp_path / "broken.json").write_text("[1, 2")
-    (tmp_path / "ragged.json").write_text("[[1], [2, 3]]")
-    for name in ("evil.pt", "evil.npy", "broken.pt", "broken.npz", "broken.json", "ragged.json"):
-        with pytest.raises(BadInput, match=name):
-            with_noise(config, tmp_path / name)
-    assert not (tmp_path / "harmed").exists()
-
-
-def test_noise_is_written_for_others_and_read_back(human, tmp_path, capsys):
-    config, _ = human
-    noisy = replace(config, noise=NoiseConfig("symmetric", 0.4))
-    expected = load(noisy).noisy_labels
-    console = Console(highlight=False, width=120)
-    for name in ("dividemix.json", "human.npy", "labels.npz"):
-        check.say_noise(noisy, tmp_path / name, console)
-        assert np.array_equal(with_noise(config, tmp_path / name, key=None).noisy_labels, expected)
-    wrong = np.mean(expected != load(config).train.labels)
-    said = capsys.readouterr().out
-    assert f"{wrong:.2%} of 200 labels are wrong" in said and "9 truck" in said
-    assert json.loads((tmp_path / "dividemix.json").read_text()) == expected.tolist()
-    published = np.load(tmp_path / "human.npy", allow_pickle=True).item()  # as CIFAR-N's own code reads it
-    assert np.array_equal(published.get("noisy_label"), expected)
-    with pytest.raises(BadInput, match="human.npy: is there already"):
-        check.say_noise(noisy, tmp_path / "human.npy", console)
-    with pytest.raises(BadInput, match="must end in .json, .npy, .npz"):
-        check.say_noise(noisy, tmp_path / "human.txt", console)
-    with pytest.raises(BadInput, match="no true labels"):
-        check.say_noise(config, None, console)
-
-
-# -- data check --------------------------------------------------------------------------------------------------------
-
-
-def test_check_finds_what_is_broken_and_a_training_goes_without(miniature, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    config = miniature("clothing1m")
-    root = Path(config.root)
-    train, test, _ = load(config)
-    cut, text, gone, twice, gif = (root / file for file in train.files[:5].tolist())
-    content = cut.read_bytes()
-    cut.write_bytes(content[: len(content) // 2])
-    text.write_text("no image")
-    gone.unlink()
-    shutil.copy(root / test.files[0], twice)
-    shutil.copy(root / train.files[6], root / train.files[5])
-    Image.new("RGB", (9, 9)).save(gif, "GIF")
-    words = ["configs/clothing1m.yaml", f"data.root={root}"]
-    assert cli.main(["train", *words]) == 2
-    assert "does not exist" in capsys.readouterr().err
-    assert cli.main(["data", "check", *words]) == 0
-    said = capsys.readouterr().out
-    for line in ("missing +1", "unreadable +3", "all 14 +112 +28", "1 in train, 0 in test", "images in train too +1 "):
-        assert re.search(line, said), said
-    out = tmp_path / "checks" / "clothing1m"
-    bad = {row["file_name"]: row["problem"] for row in csv.DictReader(open(out / "bad_files.csv", newline=""))}
-    assert list(bad) == [str(path.relative_to(root)) for path in (cut, text, gone, gif)]
-    assert [
-        next(iter(set(problem.split()) & {"truncated", "identify", "missing", "GIF,"})) for problem in bad.values()
-    ] == (["truncated", "identify", "missing", "GIF,"])
-    again = list(csv.DictReader(open(out / "duplicates.csv", newline="")))
-    assert {(row["file_name"], row["same_as_file_name"]) for row in again} == {
-        (str(test.files[0]), str(twice.relative_to(root))),
-        (str(train.files[6]), str(train.files[5])),
-    }
-    with Image.open(out / "contact.png") as sheet:
-        assert sheet.width == 8 * check.TILE and sheet.height == 8 * (check.TILE + check.CAPTION)
-
-    small = ["model.main.name=small_cnn", "model.main.weights=null", "views.image_size=32", "optim.epochs=2"]
-    assert cli.main(["train", *words, f"data.skip={out / 'bad_files.csv'}", *small, "--out", "run"]) == 0
-    with open(tmp_path / "run" / "labels" / "issues.csv", newline="") as file:
-        assert len(list(csv.DictReader(file))) == 112 - 4
-
-
-def test_the_manifest_of_a_check_opens_as_a_table(folder, tmp_path):
-    config = DataConfig("folder", str(folder))
-    check.check(config, tmp_path / "out", Console(file=io.StringIO()))
-    shutil.copy(tmp_path / "out" / "manifest.parquet", folder)
-    found, expected = load(DataConfig("csv", str(folder / "manifest.parquet"))), load(config)
-    assert (found.train.digest, found.test.digest) == (expected.train.digest, expected.test.digest)
-    assert found.train.classes == CLASSES
-
-
-def test_noise_is_matched_before_files_are_left_out(folder, tmp_path):
-    full = load(DataConfig("folder", str(folder), noise=NoiseConfig("symmetric", 0.5)))
-    np.save(tmp_path / "n.npy", full.noisy_labels)
-    (tmp_path / "skip.csv").write_text("file_name\n" + "".join(f"{file}\n" for file in full.train.files[:4].tolist()))
-    config = DataConfig("folder", str(folder), skip=str(tmp_path / "skip.csv"))
-    part = load(replace(config, noise=NoiseConfig("file", file=str(tmp_path / "n.npy")))).train
-    assert (
-        part.files.tolist() == full.train.files[4:].tolist() and part.labels.tolist() == full.train.labels[4:].tolist()
-    )
-    (tmp_path / "skip.csv").write_text("file_name\n" + "".join(f"{file}\n" for file in full.test.files.tolist()))
-    refused(config, "skip.csv", "every file of a split")
-
-
-def test_classes_without_test_images_are_said(folder, tmp_path, capsys):
-    shutil.rmtree(folder / "test" / "owl")
-    check.check(DataConfig("folder", str(folder)), tmp_path / "out", Console(width=120))
-    assert "1 of 3 classes have no test images: owl" in capsys.readouterr().out
