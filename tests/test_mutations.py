@@ -37,7 +37,7 @@ TOKENS = [
 ]
 EDITS = st.lists(
     st.tuples(
-        st.sampled_from(["replace", "insert", "double", "drop", "swap", "cut", "byte"]),
+        st.sampled_from(["replace", "insert", "double", "drop", "swap", "cut", "byte", "end"]),
         st.integers(0, 10**6),
         st.integers(0, 40),
         st.sampled_from(TOKENS),
@@ -70,6 +70,8 @@ def mutate(content: bytes, edits) -> bytes:
             other = (row + length) % len(lines)
             if kind == "double":
                 lines.insert(other, lines[row])
+            elif kind == "end":  # where the label stands
+                lines[row] = lines[row][: len(lines[row]) - length % 4] + token.encode()
             elif kind == "drop":
                 del lines[row]
             else:
