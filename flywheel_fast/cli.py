@@ -1,8 +1,9 @@
-"""The command line: `flywheel-fast train | config | doctor`. Heavy imports stay inside the sub-commands."""
+"""The command line: `flywheel-fast train | config | data | doctor`. Heavy imports stay inside the sub-commands."""
 
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from flywheel_fast.errors import BadInput, Failure
 
@@ -13,6 +14,8 @@ EXAMPLES = """examples:
   flywheel-fast train cifar10_small data.root=DIR data.noise.kind=symmetric data.noise.rate=0.5
   flywheel-fast train digits --out runs/a --resume auto   go on where runs/a stands, else start
   flywheel-fast config show digits optim.lr=0.1           what a run would use, with help
+  flywheel-fast data check cifar10_small data.root=DIR    counts, broken files, duplicates
+  flywheel-fast data make-fixture clothing1m DIR          a miniature, to try configs/clothing1m.yaml on
 """
 
 
@@ -88,6 +91,24 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("file", metavar="FILE", help="a YAML file")
     check.set_defaults(run=_config_check)
 
+    data = commands.add_parser("data", help="check a data set, its noise, or make a miniature of a published one")
+    actions = data.add_subparsers(required=True, metavar="action")
+    check = actions.add_parser("check", parents=[common], help="what a training would see; finds broken files")
+    check.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="a config (default: digits), and changes")
+    check.add_argument("--out", metavar="DIR", help="where bad_files.csv and contact.png go (default: checks/NAME)")
+    check.set_defaults(run=_data_check)
+    noise = actions.add_parser("noise", parents=[common], help="the realised noise: rate and class matrix")
+    noise.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="a config (default: digits), and changes")
+    noise.add_argument(
+        "--write", metavar="FILE", help="write the labels: .json as DivideMix's, .npy as CIFAR-N's, .npz"
+    )
+    noise.set_defaults(run=_data_noise)
+    fixture = actions.add_parser("make-fixture", parents=[common], help="a miniature in a published layout")
+    fixture.add_argument("kind", metavar="KIND", help="clothing1m, webvision, tiny-imagenet, cifar10 or cifar100")
+    fixture.add_argument("folder", metavar="DIR", help="a new folder")
+    fixture.add_argument("--images", metavar="FOLDER", help="pictures to make it of (default: drawn ones)")
+    fixture.set_defaults(run=_data_make_fixture)
+
     doctor = commands.add_parser("doctor", parents=[common], help="check this installation")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -142,6 +163,37 @@ def _config_check(args: argparse.Namespace) -> None:
 
     config.load(Config, args.file)
     print(f"{args.file}: valid")
+
+
+def _data_config(args: argparse.Namespace):
+    from rich.console import Console
+
+    from flywheel_fast import config
+    from flywheel_fast.trainer import Config
+
+    name, changes = _config_and_changes(args.words)
+    return config.load(Config, name, changes), Console(highlight=False, soft_wrap=True)
+
+
+def _data_check(args: argparse.Namespace) -> None:
+    from flywheel_fast.data import check
+
+    cfg, console = _data_config(args)
+    check.check(cfg.data, Path(args.out or Path("checks", cfg.name)), console)
+
+
+def _data_noise(args: argparse.Namespace) -> None:
+    from flywheel_fast.data import check
+
+    cfg, console = _data_config(args)
+    check.say_noise(cfg.data, Path(args.write) if args.write else None, console)
+
+
+def _data_make_fixture(args: argparse.Namespace) -> None:
+    from flywheel_fast.data import fixtures
+
+    fixtures.make(args.kind, Path(args.folder), Path(args.images) if args.images else None)
+    print(f"{args.folder}: a miniature of {args.kind}; train on it with data.root={args.folder}")
 
 
 def _doctor(args: argparse.Namespace) -> None:

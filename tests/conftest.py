@@ -1,13 +1,19 @@
 """Small data sets that tests share."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from flywheel_fast.data import fixtures
+from flywheel_fast.data.sources import DataConfig, load
+from flywheel_fast.errors import BadInput
+
 CLASSES = ("cat", "dog", "owl")
+KIND_OF = {"webvision_mini": "webvision", "tiny_imagenet": "tiny-imagenet"}  # whose miniature is called otherwise
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,3 +45,32 @@ def folder(tmp_path) -> Path:
         for number in range(2):
             write_image(tmp_path / "data" / "test" / name / f"{number}.jpg", rng)
     return tmp_path / "data"
+
+
+@pytest.fixture(scope="session")
+def miniatures(tmp_path_factory) -> Path:
+    """A folder with a miniature of each published data set; not to be changed."""
+    base = tmp_path_factory.mktemp("miniatures")
+    for kind in fixtures.KINDS:
+        fixtures.make(kind, base / kind)
+    return base
+
+
+@pytest.fixture
+def miniature(miniatures, tmp_path):
+    """Makes a copy that a test may spoil."""
+
+    def copy(source: str) -> DataConfig:
+        kind = KIND_OF.get(source, source)
+        shutil.copytree(miniatures / kind, tmp_path / kind)
+        return DataConfig(source, str(tmp_path / kind))
+
+    return copy
+
+
+def refused(config: DataConfig, *said) -> None:
+    """In one line that says all this."""
+    with pytest.raises(BadInput) as error:
+        load(config)
+    assert all(str(part) in str(error.value) for part in said), error.value
+    assert "\n" not in str(error.value)

@@ -131,7 +131,10 @@ def test_bad_folders_are_named(folder, change, said):
         ("name,label\na,b\n", ["table.csv", "'file_name'", "name, label"]),
         ("file_name,label\ntrain/cat/0.jpg,a\n../secret.jpg,b\n", ["row 3", "../secret.jpg", "outside"]),
         ("file_name,label\n/etc/passwd,b\n", ["row 2", "outside"]),
-        ("file_name,label\ntrain/cat/99.jpg,b\n", ["row 2", "99.jpg", "does not exist"]),
+        (
+            "file_name,label,split\ntrain/cat/99.jpg,b,train\ntrain/dog/0.jpg,a,train\ntest/cat/0.jpg,a,test\n",
+            ["train/cat/99.jpg", "does not exist"],
+        ),
         ("file_name,label\ntrain/cat/0.jpg,\n", ["row 2", "empty label"]),
         ("file_name,label\ntrain/cat/0.jpg,a\ntrain/cat/0.jpg,b\n", ["row 3", "again"]),
         ("file_name,label\ntrain/cat/0.jpg,a\n./train/cat/0.jpg,b\n", ["row 3", "again"]),

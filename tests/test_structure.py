@@ -10,17 +10,26 @@ FLOORS = [  # a module may import from floors below its own, and from the rooms 
     {"errors", "config", "__init__", "data.__init__"},
     {"reference", "_C"},
     {"ops"},
-    {"em", "losses", "models", "learner", "env"} | {"data.manifest", "data.noise", "data.order", "data.sources"},
+    {"em", "losses", "models", "learner", "env"}
+    | {"data.manifest", "data.order", "data.pickles"}
+    | {"data.noise", "data.noise_files"},
+    {"data.sources.folders", "data.sources.tables", "data.sources.lists", "data.sources.arrays"}
+    | {"data.sources.shards", "data.sources.cache"},
+    {"data.sources.__init__", "data.fixtures"},
     {"cycle", "data.pipelines", "checkpoint", "run_folder", "screen"},
-    {"audit", "doctor"},
+    {"audit", "doctor", "data.check"},
     {"trainer"},
     {"cli"},
     {"__main__"},
 ]
 BESIDE = {
-    ("data.sources", "data.manifest"),
-    ("data.sources", "data.noise"),
     ("data.noise", "data.manifest"),
+    ("data.noise", "data.noise_files"),
+    ("data.noise_files", "data.manifest"),
+    ("data.noise_files", "data.pickles"),
+    *((f"data.sources.{family}", "data.sources.folders") for family in ("tables", "lists", "arrays", "shards")),
+    *((f"data.sources.{family}", "data.sources.cache") for family in ("arrays", "shards")),
+    ("data.sources.shards", "data.sources.tables"),
     ("run_folder", "checkpoint"),
     ("config", "errors"),
 }
@@ -37,7 +46,11 @@ def imported(tree):
             below = node.module.removeprefix("flywheel_fast").lstrip(".")
             for name in node.names:
                 inner = f"{below}.{name.name}".lstrip(".")
-                yield inner if (PACKAGE / f"{inner.replace('.', '/')}.py").exists() or inner == "_C" else below
+                path = PACKAGE / inner.replace(".", "/")
+                if (path / "__init__.py").exists():
+                    yield f"{inner}.__init__"
+                else:
+                    yield inner if path.with_suffix(".py").exists() or inner == "_C" else below
 
 
 def test_imports_point_downwards():
@@ -45,7 +58,7 @@ def test_imports_point_downwards():
     for module, tree in modules():
         assert module in floor, f"{module} has no floor: give it one"
         for other in imported(tree):
-            other = other or "__init__"
+            other = f"{other}.__init__".lstrip(".") if (PACKAGE / other.replace(".", "/")).is_dir() else other
             assert floor[other] < floor[module] or (module, other) in BESIDE, f"{module} imports {other}"
 
 

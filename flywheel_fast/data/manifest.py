@@ -2,11 +2,16 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from pyarrow import compute
 
 from flywheel_fast.errors import BadInput
 
@@ -14,10 +19,13 @@ from flywheel_fast.errors import BadInput
 @dataclass(frozen=True)
 class Manifest:
     root: Path
-    files: np.ndarray  # [N] str, relative to root, in sorted order where the source has no order of its own
+    files: np.ndarray  # [N] objects str, relative to root, in sorted order where the source has no order of its own
     labels: np.ndarray  # [N] int64, observed
     classes: tuple[str, ...]
     true_labels: np.ndarray | None = None  # [N] int64
+
+    def __post_init__(self):
+        object.__setattr__(self, "files", np.asarray(self.files, dtype=object))  # a fifth of the memory of a str array
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -30,41 +38,150 @@ class Manifest:
     def digest(self) -> str:
         """SHA-256 of files, labels and class names: equal digests mean equal training sets."""
         sha = hashlib.sha256("\0".join(self.classes).encode())
-        sha.update("\0".join(self.files.tolist()).encode())
+        for at in range(0, len(self), 100_000):
+            sha.update(("\0" * (at > 0) + "\0".join(self.files[at : at + 100_000].tolist())).encode())
         sha.update(np.ascontiguousarray(self.labels, dtype=np.int64).tobytes())
         return sha.hexdigest()
 
 
-def read_columns(where: str, path: Path, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Columns of a CSV file as text, each [rows] str; `where` opens every message.
+# -- what a list may name ----------------------------------------------------------------------------------------------
 
-    Raises BadInput for a column that is missing or doubled, an empty cell of a required one, a file named twice.
+
+def leads_out(name: str) -> bool:
+    """Whether a path in a list is none below the data root, by its letters alone; links are looked at by `missing`."""
+    if ".." not in name and not name.startswith("/") and "\0" not in name:  # almost all
+        return False
+    return "\0" in name or os.path.isabs(name) or os.path.normpath(name).split("/")[0] == ".."
+
+
+def first_repeated(names: Sequence[str]) -> int | None:
+    """Index of the first path that was there before, `a/b` and `./a//b` being the same."""
+    hashes = np.fromiter((hash(_plain(name)) for name in names), dtype=np.int64, count=len(names))
+    if len(np.unique(hashes)) == len(names):  # as good as always; a set of millions of names takes its time and memory
+        return None
+    seen = set()
+    for index, name in enumerate(map(_plain, names)):
+        if name in seen:
+            return index
+        seen.add(name)
+    return None
+
+
+def _plain(name: str) -> str:
+    return os.path.normpath(name) if "./" in name or "//" in name else name
+
+
+def missing(manifest: Manifest) -> np.ndarray:  # [missing] int64
+    """Rows whose file is not there. Reads each folder once, which is quicker than asking for each file.
+
+    Raises BadInput for a file that is only there by way of a link out of the data root.
     """
-    from pyarrow import ArrowInvalid, csv
+    root, files = manifest.root.resolve(), manifest.files
+    folder_of, folders = np.empty(len(files), np.int64), {}
+    for row, name in enumerate(files.tolist()):
+        folder_of[row] = folders.setdefault(name.rpartition("/")[0], len(folders))
+    order = np.argsort(folder_of, kind="stable")
+    bounds = np.searchsorted(folder_of[order], range(len(folders) + 1))
+    gone = []
+    for number, folder in enumerate(folders):
+        rows = order[bounds[number] : bounds[number + 1]]
+        plain, links = _listing(root, root / folder)
+        for row, name in zip(rows.tolist(), files[rows].tolist(), strict=True):
+            last = name.rpartition("/")[2]
+            if last in links:
+                _refuse_if_outside(root, root / name)
+                if (root / name).is_file():
+                    continue
+            if last not in plain:
+                gone.append(row)
+    return np.sort(np.array(gone, dtype=np.int64))
 
-    names = (*required, *optional)
-    options = csv.ConvertOptions(column_types=dict.fromkeys(names, "string"), strings_can_be_null=False)
+
+def _listing(root: Path, folder: Path) -> tuple[set[str], set[str]]:
+    """Names of the folder's files and of its links."""
+    _refuse_if_outside(root, folder)
+    plain, links = set(), set()
     try:
-        table = csv.read_csv(path, convert_options=options, parse_options=csv.ParseOptions(newlines_in_values=True))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    links.add(entry.name)
+                elif entry.is_file():
+                    plain.add(entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be read ({error.strerror or error})") from error
+    return plain, links
+
+
+def _refuse_if_outside(root: Path, path: Path) -> None:
+    try:
+        inside = path.resolve().is_relative_to(root)
+    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        raise BadInput(f"{path}: cannot be followed ({error})") from error
+    if not inside:
+        raise BadInput(f"{path}: leads out of {root} by a link; put the files below the data root itself")
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def read_table(where: str, path: Path, required: tuple[str, ...], optional: tuple[str, ...]) -> pa.Table:
+    """Those columns of a CSV or Parquet file, as text; `where` opens every message.
+
+    A column image_path counts as file_name. Raises BadInput for a column that is missing or doubled, an empty cell of a
+    required one, a file named twice.
+    """
+    names = (*required, *optional)
+    try:
+        if path.suffix == ".parquet":
+            table = pa.parquet.read_table(path)
+        else:
+            types = dict.fromkeys((*names, "image_path"), "string")
+            options = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
+            parse = pa.csv.ParseOptions(newlines_in_values=True)
+            table = pa.csv.read_csv(path, convert_options=options, parse_options=parse)
+        header = [{"image_path": "file_name"}.get(name, name) for name in table.column_names]
+    except pa.ArrowException as error:
+        kind = "Parquet file" if path.suffix == ".parquet" else "CSV"
+        raise BadInput(f"{where}: is not a {kind} ({' '.join(str(error).split())})") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{where}: its column names are not UTF-8; save it as UTF-8") from error
     except OSError as error:
         raise BadInput(f"{where}: cannot be read ({error.strerror or error})") from error
-    except ArrowInvalid as error:
-        raise BadInput(f"{where}: is not a CSV ({error})") from error
     for name in names:
-        if table.column_names.count(name) > 1:
-            raise BadInput(f"{where}: has {table.column_names.count(name)} columns {name!r}; keep one")
+        if header.count(name) > 1:
+            raise BadInput(f"{where}: has {header.count(name)} columns {name!r}; keep one")
     for name in required:
-        if name not in table.column_names:
+        if name not in header:
             found = ", ".join(table.column_names)
             raise BadInput(f"{where}: has no column {name!r}, only {found}; rename the one that is meant")
-    columns = {name: table[name].to_numpy().astype(str) for name in names if name in table.column_names}
-    for name in required:
-        empty = np.flatnonzero(columns[name] == "")
-        if len(empty):
-            raise BadInput(f"{where}: row {empty[0] + 2} has an empty {name}; fill it in or remove the row")
-    files = columns.get("file_name", np.array([], dtype=str))
-    unique, first = np.unique([os.path.normpath(name) for name in files.tolist()], return_index=True)
-    if len(unique) < len(files):
-        again = np.setdiff1d(np.arange(len(files)), first)[0]
-        raise BadInput(f"{where}: row {again + 2} names '{files[again]}' again; keep one row a file")
-    return columns
+    columns = {}
+    for name in (name for name in names if name in header):
+        column = table.column(header.index(name))
+        try:
+            columns[name] = compute.fill_null(compute.cast(column, pa.string()), "")
+        except pa.ArrowException as error:
+            raise BadInput(f"{where}: column {name!r} is {column.type}, which is no text; convert it") from error
+        empty = compute.index(columns[name], "").as_py() if name in required else -1
+        if empty >= 0:
+            raise BadInput(f"{where}: row {row_number(path, empty)} has an empty {name}; fill it in or remove the row")
+    if "file_name" in columns:
+        files = columns["file_name"]
+        all_plain = not holds(files, "./", "//") and compute.count_distinct(files).as_py() == len(files)
+        again = None if all_plain else first_repeated(files.to_pylist())
+        if again is not None:
+            name = columns["file_name"][again].as_py()
+            raise BadInput(f"{where}: row {row_number(path, again)} names {name!r} again; keep one row a file")
+    return pa.table(columns)
+
+
+def holds(column: pa.ChunkedArray, *texts: str) -> bool:
+    """Whether one of the texts is somewhere in the column; much quicker than to look at each cell in Python."""
+    return any(compute.any(compute.match_substring(column, text)).as_py() for text in texts)
+
+
+def row_number(path: Path, index: int) -> int:
+    """As an editor counts the lines of a CSV: the header is 1; a Parquet file has none."""
+    return int(index) + (1 if path.suffix == ".parquet" else 2)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from flywheel_fast.data.manifest import read_columns
+from flywheel_fast.data import noise_files
 from flywheel_fast.errors import BadInput
 
 
@@ -28,10 +28,11 @@ class NoiseConfig:
     mapping: dict[str, str] = field(default_factory=dict)
     """Asymmetric noise: the class that each mislabelled class becomes, for example {cat: dog, dog: cat}."""
     file: str | None = None
-    """Labels of the training files, class names or numbers: .npy or .npz in the order of the class folders, the files
-    of each sorted, or of the source CSV's rows; or .csv with a column `label`, in that order or with `file_name`."""
+    """Labels of the training files, class names or numbers, in the order of the class folders, the files of each
+    sorted, or of the source's list: .npy, .npz, .json (DivideMix's), .pt (CIFAR-N's); or .csv with a column `label`, in
+    that order or with `file_name`."""
     key: str | None = None
-    """Array of the .npz file."""
+    """Array of a file that holds several, such as worse_label of CIFAR-10N's; null: the only one of noisy labels."""
     seed: int = 0
     """Seed of the noise."""
 
@@ -65,7 +66,7 @@ def apply(
     if config.kind == "instance":
         return _instance(labels, len(classes), config.rate, [root / file for file in files], rng)
     if config.kind == "file":
-        return _from_file(len(labels), classes, Path(config.file), config.key, files)
+        return noise_files.read(Path(config.file), config.key, labels, classes, files)
     return labels
 
 
@@ -137,56 +138,3 @@ def _pixels(path: Path) -> np.ndarray:
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error}); remove it or replace it") from error
     return (np.asarray(small, dtype=np.float32).reshape(-1) / 255 - 0.5) / 0.25
-
-
-def _from_file(n: int, classes: tuple[str, ...], path: Path, key: str | None, files: np.ndarray | None) -> np.ndarray:
-    where = f"data.noise.file {path}"
-    try:
-        found = _read_csv(where, path, files) if path.suffix == ".csv" else np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise BadInput(f"{where}: no such file") from None
-    except (OSError, ValueError, EOFError) as error:  # pyarrow's and zipfile's errors are of these kinds
-        raise BadInput(f"{where}: cannot be read as labels ({error})") from error
-    if isinstance(found, np.lib.npyio.NpzFile):
-        one = "label" if "label" in found.files else found.files[0] if len(found.files) == 1 else None
-        if (key or one) not in found.files:
-            raise BadInput(f"{where}: data.noise.key={key} is not one of its arrays; choose {', '.join(found.files)}")
-        found = found[key or one]
-    if found.shape != (n,):
-        raise BadInput(
-            f"{where}: holds {found.size:,} labels, the data set has {n:,} training files; give one for each"
-        )
-    if found.dtype.kind in "OUS":
-        found = _numbers(where, found.astype(str), classes)
-    if found.dtype.kind not in "iu":
-        raise BadInput(f"{where}: labels must be whole numbers or class names, not {found.dtype}")
-    outside = np.flatnonzero((found < 0) | (found >= len(classes)))
-    if len(outside):
-        raise BadInput(f"{where}: row {outside[0]} has label {found[outside[0]]}, outside 0..{len(classes) - 1}")
-    return found.astype(np.int64)
-
-
-def _read_csv(where: str, path: Path, files: np.ndarray | None) -> np.ndarray:
-    """Labels [rows] str, in the order of `files` where the table names them."""
-    table = read_columns(where, path, required=("label",), optional=("file_name",))
-    if "file_name" not in table or files is None:
-        return table["label"]
-    row_of = {name: row for row, name in enumerate(table["file_name"].tolist())}
-    missing = next((file for file in files.tolist() if file not in row_of), None)
-    if missing is not None:
-        raise BadInput(f"{where}: has no row for the training file {missing!r}; give one for each")
-    return table["label"][[row_of[file] for file in files.tolist()]]
-
-
-def _numbers(where: str, labels: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:  # [N] str -> [N] int64
-    """Class names, or class numbers where they are no names of classes."""
-    of_class = {name: label for label, name in enumerate(classes)}
-    unknown = next(((row, name) for row, name in enumerate(labels.tolist()) if name not in of_class), None)
-    if unknown is None:
-        return np.array([of_class[name] for name in labels.tolist()], dtype=np.int64)
-    try:
-        return labels.astype(np.int64)
-    except (ValueError, OverflowError):
-        raise BadInput(
-            f"{where}: row {unknown[0]} has label {unknown[1]!r}, which is no class of the data set"
-        ) from None

@@ -1,0 +1,179 @@
+"""From a source, as it was published or as a user has it, to manifests of the training and the test split."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from flywheel_fast.data import noise
+from flywheel_fast.data.manifest import Manifest, missing, read_table
+from flywheel_fast.data.noise import NoiseConfig
+from flywheel_fast.data.sources import arrays, folders, lists, shards, tables
+from flywheel_fast.errors import BadInput
+
+SOURCES: dict[str, Callable[[Path], tuple[Manifest, Manifest | None]]] = {
+    "digits": lambda root: arrays.digits(),
+    "folder": folders.read,
+    "csv": tables.read,
+    "webdataset": shards.read,
+    "cifar10": lambda root: arrays.cifar(root, "cifar10"),
+    "cifar100": lambda root: arrays.cifar(root, "cifar100"),
+    "tiny_imagenet": lists.tiny_imagenet,
+    "clothing1m": lists.clothing1m,
+    "webvision": lambda root: lists.webvision(root, mini=False),
+    "webvision_mini": lambda root: lists.webvision(root, mini=True),
+}
+LISTED = {"csv", "tiny_imagenet", "clothing1m", "webvision", "webvision_mini"}  # a list may name what is not there
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: Literal[
+        "digits",
+        "folder",
+        "csv",
+        "webdataset",
+        "cifar10",
+        "cifar100",
+        "tiny_imagenet",
+        "clothing1m",
+        "webvision",
+        "webvision_mini",
+    ] = "digits"
+    """digits: scikit-learn's; folder: root/train/CLASS/* and root/test/CLASS/*, or root/CLASS/*; csv: a CSV or Parquet
+    file with columns file_name and label, and if there are any split (train, test) and true_label, or a folder with
+    such a metadata.csv; webdataset: a folder of tar shards; the others as they are published (docs/data.md)."""
+    root: str = ""
+    """The folder, or the table (its paths are relative to it)."""
+    skip: str | None = None
+    """A table of files to leave out, such as the bad_files.csv that `flywheel-fast data check` writes."""
+    train_size: int | None = None
+    """Train on a seeded subset of this many samples, equally many of each class of the source."""
+    imbalance: float = 1.0
+    """How many times more samples the first class keeps than the last, those between in a geometric row (Cui et al.
+    2019); the first one keeps what it has, or its part of train_size."""
+    test_size: int | None = None
+    """Likewise for the test split."""
+    holdout: float = 0.1
+    """Share of each class set aside as test split where the source has none; its labels are as good as the others."""
+    seed: int = 0
+    """Seed of subsets and of the holdout."""
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    threads: int = 2
+    """Threads of the image pipeline."""
+    cache_gb: float = 2.0
+    """Small images stay decoded in memory up to this size in all."""
+
+    def __post_init__(self):
+        if self.source != "digits" and not self.root:
+            raise ValueError(f"data.source={self.source} needs data.root=PATH")
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"data.holdout must be in (0, 1), not {self.holdout}")
+        for name in ("train_size", "test_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+        if self.imbalance < 1:
+            raise ValueError(f"data.imbalance must be at least 1, not {self.imbalance}")
+        if self.seed < 0:
+            raise ValueError(f"data.seed must not be negative, not {self.seed}")
+        if self.threads < 1:
+            raise ValueError(f"data.threads must be at least 1, not {self.threads}")
+
+
+class Data(NamedTuple):
+    train: Manifest
+    test: Manifest | None
+    noisy_labels: np.ndarray  # of every training file, before `train_size`: what a noise file holds
+
+
+def load(config: DataConfig, present: bool = True) -> Data:
+    """Reads the source, adds the noise, takes the subsets. Raises BadInput naming the file, row or key.
+
+    `present`: all files must be there.
+    """
+    train, test = SOURCES[config.source](Path(config.root))
+    if len(train.classes) < 2:
+        raise BadInput(f"{train.root}: holds one class only ({train.classes[0]!r}); a classifier needs at least two")
+    if test is None:
+        train, test = _set_aside(train, config)
+    source_labels, noisy = train.labels, noise.apply(train.labels, train.classes, config.noise, train.root, train.files)
+    if config.noise.kind != "none":
+        train = Manifest(train.root, train.files, noisy, train.classes, true_labels=source_labels)
+    if config.skip:  # only now: a noise file has a label for every file of the source
+        kept, kept_of_test = _kept(config.skip, train, test)
+        train, source_labels, test = train.subset(kept), source_labels[kept], test.subset(kept_of_test)
+    if config.train_size:
+        chosen = _balanced(source_labels, train.classes, config.train_size, config.seed, "data.train_size")
+        train, source_labels = train.subset(chosen), source_labels[chosen]
+    if config.imbalance > 1:
+        train = train.subset(_long_tailed(source_labels, len(train.classes), config.imbalance, config.seed))
+    if config.test_size:
+        test = test.subset(_balanced(test.labels, test.classes, config.test_size, config.seed, "data.test_size"))
+    if present:
+        for manifest in (train, test):
+            gone = absent(manifest, config)
+            if len(gone):
+                more = f", nor do {len(gone) - 1:,} more of {len(manifest):,}" if len(gone) > 1 else ""
+                raise BadInput(
+                    f"{manifest.root / manifest.files[gone[0]]}: does not exist{more}; add what is missing, or leave "
+                    f"it out by data.skip=bad_files.csv (`flywheel-fast data check` writes that file)"
+                )
+    return Data(train, test, noisy)
+
+
+def absent(manifest: Manifest, config: DataConfig) -> np.ndarray:  # [missing] int64
+    """Rows whose file is not there; folders were read from the disk, so theirs are."""
+    return missing(manifest) if config.source in LISTED else np.empty(0, np.int64)
+
+
+def _kept(path: str, *manifests: Manifest) -> list[np.ndarray]:
+    """Rows of each manifest that the table does not name."""
+    table = read_table(f"data.skip {path}", Path(path), required=("file_name",), optional=())
+    named = set(table["file_name"].to_pylist())
+    kept = [np.flatnonzero([file not in named for file in manifest.files.tolist()]) for manifest in manifests]
+    if not all(map(len, kept)):
+        raise BadInput(f"data.skip {path}: names every file of a split; nothing would be left")
+    return kept
+
+
+def _set_aside(manifest: Manifest, config: DataConfig) -> tuple[Manifest, Manifest]:
+    rng = np.random.default_rng(config.seed)
+    test = np.zeros(len(manifest), dtype=bool)
+    for label, name in enumerate(manifest.classes):
+        members = rng.permutation(np.flatnonzero(manifest.labels == label))
+        if len(members) < 2:
+            raise BadInput(
+                f"{manifest.root}: class {name!r} has {len(members)} image; at least 2 are needed to set one aside"
+            )
+        test[members[: max(1, round(config.holdout * len(members)))]] = True
+    return manifest.subset(np.flatnonzero(~test)), manifest.subset(np.flatnonzero(test))
+
+
+def _balanced(labels: np.ndarray, classes: tuple[str, ...], size: int, seed: int, key: str) -> np.ndarray:
+    if size < len(classes):
+        raise BadInput(
+            f"{key}={size} leaves classes without an image; give at least {len(classes)}, one for each class"
+        )
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for label, name in enumerate(classes):
+        wanted = size // len(classes) + (label < size % len(classes))
+        members = rng.permutation(np.flatnonzero(labels == label))
+        if len(members) < wanted:
+            raise BadInput(
+                f"{key}={size} asks for {wanted} images of class {name!r}, which has {len(members)}; lower it"
+            )
+        chosen.append(members[:wanted])
+    return np.sort(np.concatenate(chosen))
+
+
+def _long_tailed(labels: np.ndarray, num_classes: int, imbalance: float, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    first = np.count_nonzero(labels == 0)
+    chosen = []
+    for label in range(num_classes):
+        wanted = max(1, round(first * imbalance ** (-label / (num_classes - 1))))
+        chosen.append(rng.permutation(np.flatnonzero(labels == label))[:wanted])
+    return np.sort(np.concatenate(chosen))
