@@ -139,6 +139,9 @@ def _train(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         args.resumable = out if run_folder.resumable(out) else None
         raise
+    except BadInput:
+        run_folder.leave(out)
+        raise
 
 
 def _config_ls(args: argparse.Namespace) -> None:

@@ -32,6 +32,12 @@ def to_resume(resume: str, out: str | None, name: str) -> Path | None:
     return folder
 
 
+def leave(folder: Path) -> None:
+    """Takes back a folder that holds the log only: of a run that was refused its data."""
+    if [entry.name for entry in folder.iterdir()] == [LOG]:
+        shutil.rmtree(folder)
+
+
 def create(out: str | None, name: str, overwrite: bool, resuming: bool) -> Path:
     """A new, empty run folder. `resuming`: a folder without a checkpoint, from a run cut off early, is used again."""
     folder = Path(out) if out else Path("runs", name)

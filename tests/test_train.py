@@ -243,6 +243,7 @@ def test_bad_words_are_refused_by_name(tmp_path, folder):
     refused(flywheel("train", "nowhere.yaml", cwd=tmp_path), 2, "nowhere.yaml")
     refused(flywheel("train", "digits", "cifar10", cwd=tmp_path), 2, "digits, cifar10")
     refused(flywheel("train", "cifar10_small", cwd=tmp_path), 2, "data.root", "cifar10")
+    assert not (tmp_path / "runs/cifar10_small").exists()  # nothing began
     refused(flywheel("train", "cycle.warmup=50", cwd=tmp_path), 2, "cycle.warmup=50", "optim.epochs=40")
     refused(flywheel("train", "data.noise.kind=file", cwd=tmp_path), 2, "data.noise.file")
     refused(flywheel("train", "model.main.name=timm/resnt50", cwd=tmp_path), 2, "'resnt50'", "timm/resnet50")

@@ -85,7 +85,7 @@ class DataConfig:
 class Data(NamedTuple):
     train: Manifest
     test: Manifest | None
-    noisy_labels: np.ndarray  # of every training file, before `train_size`: what a noise file holds
+    noisy_labels: np.ndarray  # of every file of the training split, before the holdout: what a noise file holds
 
 
 def load(config: DataConfig, present: bool = True) -> Data:
@@ -96,11 +96,13 @@ def load(config: DataConfig, present: bool = True) -> Data:
     train, test = SOURCES[config.source](Path(config.root))
     if len(train.classes) < 2:
         raise BadInput(f"{train.root}: holds one class only ({train.classes[0]!r}); a classifier needs at least two")
-    if test is None:
-        train, test = _set_aside(train, config)
-    source_labels, noisy = train.labels, noise.apply(train.labels, train.classes, config.noise, train.root, train.files)
+    source, source_labels = train, train.labels
+    noisy = noise.apply(train.labels, train.classes, config.noise, train.root, train.files)
     if config.noise.kind != "none":
         train = Manifest(train.root, train.files, noisy, train.classes, true_labels=source_labels)
+    if test is None:
+        aside = _set_aside(source, config)
+        test, train, source_labels = source.subset(aside), train.subset(~aside), source_labels[~aside]
     if config.skip:  # only now: a noise file has a label for every file of the source
         kept, kept_of_test = _kept(config.skip, train, test)
         train, source_labels, test = train.subset(kept), source_labels[kept], test.subset(kept_of_test)
@@ -138,7 +140,7 @@ def _kept(path: str, *manifests: Manifest) -> list[np.ndarray]:
     return kept
 
 
-def _set_aside(manifest: Manifest, config: DataConfig) -> tuple[Manifest, Manifest]:
+def _set_aside(manifest: Manifest, config: DataConfig) -> np.ndarray:  # [N] bool
     rng = np.random.default_rng(config.seed)
     test = np.zeros(len(manifest), dtype=bool)
     for label, name in enumerate(manifest.classes):
@@ -148,7 +150,7 @@ def _set_aside(manifest: Manifest, config: DataConfig) -> tuple[Manifest, Manife
                 f"{manifest.root}: class {name!r} has {len(members)} image; at least 2 are needed to set one aside"
             )
         test[members[: max(1, round(config.holdout * len(members)))]] = True
-    return manifest.subset(np.flatnonzero(~test)), manifest.subset(np.flatnonzero(test))
+    return test
 
 
 def _balanced(labels: np.ndarray, classes: tuple[str, ...], size: int, seed: int, key: str) -> np.ndarray:
