@@ -12,7 +12,7 @@ MIN_CLASS_MASS = 1e-6  # of the mean prediction; keeps the alignment weight of a
 
 @dataclass
 class EMState:
-    """N samples, C classes; 36 bytes a sample."""
+    """N samples, C classes; 37 bytes a sample."""
 
     labels: Tensor  # [N] int64           observed, never overwritten
     clean_prob: Tensor  # [N] float32     w: probability that the observed label is right
@@ -20,6 +20,7 @@ class EMState:
     resampled_label: Tensor  # [N] int64  argmax of the auxiliary network, for every sample
     suggested_label: Tensor  # [N] int64  argmax of the posterior
     suggested_prob: Tensor  # [N] float32
+    suspicion: Tensor  # [N] uint8        was the label suspected? a bit a cycle, of the last eight
     gamma: Tensor  # [] float64           prior probability that a label is clean
     corruption: Tensor  # [C, C] float32  T_c(y, j), rows sum to 1, diagonal zero
     align: Tensor  # [C] float32          observed class share over mean prediction; ones before the first look
@@ -37,6 +38,7 @@ class EMState:
             resampled_label=labels.clone(),
             suggested_label=labels.clone(),
             suggested_prob=torch.full((n,), gamma, device=device),
+            suspicion=torch.zeros(n, dtype=torch.uint8, device=device),
             gamma=torch.tensor(gamma, dtype=torch.float64, device=device),
             corruption=off_diagonal.t() / max(num_classes - 1, 1),
             align=torch.ones(num_classes, device=device),
@@ -117,6 +119,8 @@ class Resampling:
         counts = (self.sums.corrupted_sum + smoothing / c) * off_diagonal
         state.corruption = (counts / counts.sum(dim=1, keepdim=True).clamp_min(1e-300)).float()
         state.posterior_sum = self.sums.posterior_sum
+        suspected = (state.clean_prob < 0.5) & (state.suggested_label != state.labels)
+        state.suspicion = (state.suspicion << 1) | suspected
         if aligned:
             observed = torch.bincount(state.labels, minlength=c) / len(state.labels)
             predicted = self.sums.class_sum / len(state.labels)

@@ -12,6 +12,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -65,6 +66,12 @@ def test_digits_are_learnt_and_the_wrong_labels_found(tmp_path):
     assert len(issues) == 1347
     scores = [float(row["label_score"]) for row in issues if row["is_label_issue"] == "true"]
     assert 450 < len(scores) < 520 and scores == sorted(scores)
+    entropy = np.array([float(row["entropy"]) for row in issues])
+    agree = np.array([row["networks_agree"] == "true" for row in issues])
+    history = np.array([int(row["times_suspected"]) for row in issues])
+    assert 0 <= entropy.min() and entropy.max() <= 1 and entropy[agree].mean() < entropy[~agree].mean()
+    assert 0.95 < agree.mean() < 1
+    assert history.max() == 8 and history[: len(scores)].mean() > 7 and history[len(scores) :].mean() < 0.5
     assert json.loads((run / "env.json").read_text())["torch"]
     assert yaml.safe_load((run / "config.yaml").read_text())["optim"]["epochs"] == 40
     from safetensors import safe_open
