@@ -1,4 +1,4 @@
-"""The command line: `flywheel-fast train | config | doctor`. Heavy imports stay inside the sub-commands."""
+"""The command line: `flywheel-fast train | report | config | doctor`. Heavy imports stay inside the sub-commands."""
 
 import argparse
 import os
@@ -76,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--overwrite", action="store_true", help="replace the run that stands in the folder")
     train.set_defaults(run=_train)
 
+    report = commands.add_parser("report", parents=[common], help="a page of what a run found, or of how runs compare")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a finished run")
+    report.add_argument("-o", metavar="FILE", help="the page (default: RUN/report.html; of several: comparison.html)")
+    report.add_argument("--images", metavar="DIR", help="where the images lie now, if they have moved since")
+    report.set_defaults(run=_report)
+
     config = commands.add_parser("config", help="list, show or check configs")
     actions = config.add_subparsers(required=True, metavar="action")
     actions.add_parser("ls", parents=[common], help="the configs that come with the package").set_defaults(
@@ -118,6 +124,17 @@ def _train(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         args.resumable = out if run_folder.resumable(out) else None
         raise
+
+
+def _report(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from flywheel_fast import report
+
+    images = Path(args.images) if args.images else None
+    if images and not images.is_dir():
+        raise BadInput(f"--images {images}: is not a folder")
+    print(report.write([Path(run) for run in args.runs], Path(args.o) if args.o else None, images))
 
 
 def _config_ls(args: argparse.Namespace) -> None:

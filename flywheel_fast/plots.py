@@ -59,14 +59,14 @@ def write_plots(labels: Labels | None, metrics_csv: Path, folder: Path) -> None:
 
 
 def _figures(labels: Labels | None, metrics_csv: Path) -> Iterator[tuple[str, Figure]]:
-    yield "curves.png", _curves(_read_metrics(metrics_csv))
+    yield "curves.png", _curves(read_metrics(metrics_csv))
     if labels:
         yield "corruption.png", _corruption(labels)
         yield "clean_prob.png", _histogram(labels)
         yield "suspects.png", _sheet(labels)
 
 
-def _read_metrics(path: Path) -> dict[str, np.ndarray]:
+def read_metrics(path: Path) -> dict[str, np.ndarray]:
     """Each column [epochs] float64, nan where its cell is empty."""
     try:
         with open(path, newline="", encoding="utf-8") as file:

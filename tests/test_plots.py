@@ -66,7 +66,7 @@ def test_a_run_that_measured_nothing_says_so(tmp_path):
 
 
 def test_curves_end_in_their_names_and_last_values(metrics_csv):
-    accuracy, gamma, auroc = plots._curves(plots._read_metrics(metrics_csv)).axes
+    accuracy, gamma, auroc = plots._curves(plots.read_metrics(metrics_csv)).axes
     assert [text.get_text() for text in accuracy.texts] == ["main 80.0%", "auxiliary 80.1%"]
     assert accuracy.texts[1].get_position()[1] - accuracy.texts[0].get_position()[1] == pytest.approx(0.08)
     assert [line.get_xdata().tolist() for line in accuracy.lines] == [[3], [1, 3]]

@@ -13,7 +13,7 @@ FLOORS = [  # a module may import from floors below its own, and from the rooms 
     {"em", "losses", "models", "learner", "env"} | {"data.manifest", "data.noise", "data.order", "data.sources"},
     {"cycle", "data.pipelines", "checkpoint", "run_folder", "screen"},
     {"audit", "doctor"},
-    {"plots", "labels"},
+    {"plots", "charts", "labels"},
     {"report", "trainer"},
     {"cli"},
     {"__main__"},
