@@ -1,7 +1,7 @@
 """Labels on their way to people and back: suspects for a reviewing tool, its answers, and what they change.
 
-Each format is a pair of functions: one writes tasks whose label is already the suggestion, one reads {file: label}. What
-leaves are paths, never pictures, and the data set itself is never written to.
+Each format is a pair of functions: one writes tasks whose label is already the suggestion, one reads {file: label}.
+What leaves are paths, never pictures, and the data set itself is never written to.
 """
 
 import csv
@@ -11,7 +11,7 @@ import os
 import urllib.parse
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -33,12 +33,12 @@ AIDS = {"label_config.xml", "label_constructor.json", "data.json"}  # beside the
 
 
 def export(run: Path, form: str, out: Path | None = None) -> tuple[Path, int]:
-    """Writes the suspects of a run, worst first, into the new folder `out` (RUN/labels/FORM); returns it and how many.
+    """Writes the suspects of a run, worst first, into the new folder `out` (RUN/review/FORM); returns it and how many.
 
     More than 100,000 are split into folders 1, 2, ... Raises BadInput where the folder is in use.
     """
     labels = read_labels(run / "labels")
-    out = out or run / "labels" / form
+    out = out or run / "review" / form
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise BadInput(f"-o {out}: is there already; name a new folder, so that no review is lost")
     out.mkdir(parents=True, exist_ok=True)
@@ -54,17 +54,14 @@ def export(run: Path, form: str, out: Path | None = None) -> tuple[Path, int]:
 
 def _write_csv(labels: Labels, part: np.ndarray, folder: Path) -> None:  # part [K] int64
     names = labels.classes
-    columns = {
-        "file_name": labels.files[part].tolist(),
-        "label": [names[k] for k in labels.suggested[part]],
-        "given_label": [names[k] for k in labels.given[part]],
-        "label_score": labels.clean_prob[part].tolist(),
-    }
-    _write_table(columns, folder / "tasks.csv")
+    rows = [
+        (labels.files[i], names[labels.suggested[i]], names[labels.given[i]], float(labels.clean_prob[i])) for i in part
+    ]
+    _write_table(["file_name", "label", "given_label", "label_score"], rows, folder / "tasks.csv")
 
 
 def _write_label_studio(labels: Labels, part: np.ndarray, folder: Path) -> None:
-    """Tasks with the suggestion as prediction, and the labelling set-up; local files are served from the image folder."""
+    """Tasks with the suggestion as prediction, and the set-up of labelling; images as local files under their root."""
     names, tasks = labels.classes, []
     for i in part:
         suggested = {"choices": [names[labels.suggested[i]]]}
@@ -84,7 +81,7 @@ def _write_label_studio(labels: Labels, part: np.ndarray, folder: Path) -> None:
     choices = ElementTree.SubElement(view, "Choices", name="label", toName="image", choice="single-radio")
     for name in names:
         ElementTree.SubElement(choices, "Choice", value=name)
-    _write_xml(view, folder / "label_config.xml")
+    _write_xml(view, folder / "label_config.xml", declared=False)  # the text is pasted; a declaration is refused
 
 
 def _write_cvat(labels: Labels, part: np.ndarray, folder: Path) -> None:
@@ -137,7 +134,6 @@ WRITERS: dict[str, Callable[[Labels, np.ndarray, Path], None]] = {
     "cvat": _write_cvat,
     "fiftyone": _write_fiftyone,
 }
-FORMATS = (*WRITERS, "folder")
 
 
 def link_tree(labels: Labels, chosen: dict[str, str], out: Path) -> None:
@@ -186,9 +182,15 @@ def read(path: Path, root: Path | None = None) -> dict[str, str]:
 def _pairs(path: Path, root: Path | None) -> list[tuple[str, str]]:
     try:
         return list(READERS[path.suffix](path, root))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except NOT_UNDERSTOOD as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise BadInput(f"{path}: is not of a known format ({what}); see docs/label_review.md") from error
+
+
+NOT_UNDERSTOOD = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError),
+    *(csv.Error, ElementTree.ParseError, zipfile.BadZipFile),
+)
 
 
 def _read_csv(path: Path, root: Path | None) -> Iterator[tuple[str, str]]:
@@ -199,10 +201,13 @@ def _read_csv(path: Path, root: Path | None) -> Iterator[tuple[str, str]]:
 
 
 def _read_json(path: Path, root: Path | None) -> Iterator[tuple[str, str]]:
-    """Label Studio's list of tasks, or FiftyOne's labels.json beside its data.json."""
+    """Label Studio's list of tasks, full or minimal, or FiftyOne's labels.json beside its data.json."""
     content = json.loads(path.read_bytes())
     if isinstance(content, list):
         for task in content:
+            if "data" not in task:
+                yield task["file_name"], task["label"]
+                continue
             submitted = [one for one in task.get("annotations", []) if one["result"] and not one.get("was_cancelled")]
             for choice in submitted[-1]["result"][:1] if submitted else []:  # the last word counts
                 yield task["data"]["file_name"], choice["value"]["choices"][0]
@@ -243,12 +248,15 @@ class Imported:
 
 
 def import_(run: Path, path: Path, out: Path | None = None, links: Path | None = None) -> Imported:
-    """Writes the labels as `path` corrects them: to `out` (RUN/labels/corrected.csv), and into a tree `links` to train on.
+    """Writes the labels as `path` corrects them: to `out` (RUN/review/corrected.csv), and as class folders of links.
 
-    A run on a CSV file gets all of its rows and columns back, with other labels; `links` is laid out as class folders.
+    A run on a CSV file gets all of its rows and columns back, with other labels; the tree `links` can be trained on.
     Raises BadInput for an answer on a file that the run did not have, or with a label that is no class of it.
     """
     labels = read_labels(run / "labels")
+    for word, target in (("-o", out), ("--links", links)):
+        if target and target.exists():
+            raise BadInput(f"{word} {target}: is there already; name a new one")
     answers = read(path, labels.root)
     given = dict(zip(labels.files.tolist(), (labels.classes[k] for k in labels.given), strict=True))
     for file, label in answers.items():
@@ -259,11 +267,9 @@ def import_(run: Path, path: Path, out: Path | None = None, links: Path | None =
                 f"{path}: {file!r} is labelled {label!r}, which is no class of {run}; correct it or empty it"
             )
     corrected = given | answers
-    out = out or run / "labels" / "corrected.csv"
-    _write_table(_corrected_columns(run, corrected), out)
+    out = out or run / "review" / "corrected.csv"
+    _write_table(*_as_it_came(run, labels.root, corrected), out)
     if links:
-        if links.exists():
-            raise BadInput(f"--links {links}: is there already; name a new folder")
         link_tree(labels, corrected, links / "train")
         for test in TEST_FOLDERS:
             if (labels.root / test).is_dir():
@@ -271,19 +277,21 @@ def import_(run: Path, path: Path, out: Path | None = None, links: Path | None =
     return Imported(out, len(answers), sum(label != given[file] for file, label in answers.items()))
 
 
-def _corrected_columns(run: Path, corrected: dict[str, str]) -> dict[str, list[str]]:
-    """As the labels came: the columns of the run's CSV file, else file_name and label."""
+def _as_it_came(run: Path, root: Path, corrected: dict[str, str]) -> tuple[list[str], Iterable[Sequence]]:
+    """Header and rows: those of the run's CSV file with other labels, else file_name and label."""
     data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
     if data["source"] != "csv":
-        return {"file_name": list(corrected), "label": list(corrected.values())}
+        return ["file_name", "label"], corrected.items()
+    source = root / Path(data["root"]).name
     try:
-        with open(data["root"], newline="", encoding="utf-8-sig") as file:
-            header, *rows = csv.reader(file)
+        with open(source, newline="", encoding="utf-8-sig") as file:
+            header, *rows = (row for row in csv.reader(file) if row)
     except OSError as error:
-        raise BadInput(f"{data['root']}: the run's CSV file cannot be read ({error.strerror}); put it back") from error
-    columns = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
-    columns["label"] = [corrected.get(*pair) for pair in zip(columns["file_name"], columns["label"], strict=True)]
-    return columns
+        raise BadInput(f"{source}: the run's CSV file cannot be read ({error.strerror}); put it back") from error
+    name, label = header.index("file_name"), header.index("label")
+    for row in rows:
+        row[label] = corrected.get(row[name], row[label])
+    return header, rows
 
 
 # -- difference --------------------------------------------------------------------------------------------------------
@@ -303,16 +311,15 @@ def diff(a: Path, b: Path, out: Path | None = None) -> list[str]:
     if len(swaps) > 20:
         lines.append(f"  and {len(swaps) - 20:,} other pairs")
     if out:
-        columns = {"file_name": differ, "a": [one[file] for file in differ], "b": [other[file] for file in differ]}
-        _write_table(columns, out)
+        _write_table(["file_name", "a", "b"], [(file, one[file], other[file]) for file in differ], out)
     return lines
 
 
-def _write_table(columns: dict[str, list], path: Path) -> None:
+def _write_table(header: list[str], rows: Iterable[Sequence], path: Path) -> None:
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
+    writer.writerow(header)
+    writer.writerows(rows)
     write_atomic(path, text.getvalue().encode())
 
 
@@ -320,6 +327,6 @@ def _write_json(content, path: Path) -> None:
     write_atomic(path, json.dumps(content, ensure_ascii=False, indent=1).encode())
 
 
-def _write_xml(root: ElementTree.Element, path: Path) -> None:
+def _write_xml(root: ElementTree.Element, path: Path, declared: bool = True) -> None:
     ElementTree.indent(root)
-    write_atomic(path, ElementTree.tostring(root, encoding="utf-8", xml_declaration=True))
+    write_atomic(path, ElementTree.tostring(root, encoding="utf-8", xml_declaration=declared))
