@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import shlex
 import zipfile
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,7 +15,7 @@ import yaml
 from made_labels import labels as made
 from PIL import Image
 
-from flywheel_fast import audit, cli, labels
+from flywheel_fast import audit, cli, labels, run_folder
 from flywheel_fast.data import sources
 from flywheel_fast.errors import BadInput
 
@@ -294,3 +296,24 @@ def test_difference_of_a_run_and_its_correction(tmp_path, capsys):
     assert {row["file_name"]: row["b"] for row in differ} == suggestions(found)
     assert labels.diff(run, out)[:2] == ["15 files in both, 15 with another label", f"45 files in {run} alone"]
     assert labels.diff(corrected, corrected) == ["60 files in both, 0 with another label"]
+
+
+# -- docs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/label_review.md"])
+def test_every_command_of_the_docs_is_one(page):
+    text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")
+    commands = re.findall(r"^    flywheel-fast ((?:report|labels) .*)", text, re.M)
+    assert len(commands) >= 3
+    for command in commands:
+        cli._parser().parse_args(shlex.split(command, comments=True))
+
+
+def test_a_run_that_was_reviewed_is_not_overwritten(tmp_path):
+    run, _ = make_run(tmp_path)
+    (run / run_folder.LOG).touch()
+    labels.export(run, "csv")
+    with pytest.raises(BadInput, match="review"):
+        run_folder.create(str(run), "run", overwrite=True, resuming=False)
+    assert (run / "review" / "csv" / "tasks.csv").is_file()
