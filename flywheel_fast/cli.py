@@ -1,4 +1,4 @@
-"""The command line: `flywheel-fast train | report | labels | config | doctor`. Heavy imports inside."""
+"""The command line: train, report, labels, predict, evaluate, config, doctor. Heavy imports stay inside these."""
 
 import argparse
 import os
@@ -103,6 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("-o", metavar="CSV", help="the files whose label differs, one a row")
     diff.set_defaults(run=_labels_diff)
 
+    predict = commands.add_parser("predict", parents=[common], help="the likeliest classes of pictures")
+    predict.add_argument("network", metavar="RUN", help="the folder of a finished run")
+    predict.add_argument("images", nargs="+", metavar="FOLDER|FILE", help="pictures, or folders of them")
+    predict.add_argument("-o", required=True, metavar="CSV", help="a row a picture")
+    predict.add_argument("--top", type=int, default=3, metavar="K", help="classes in a row, likeliest first (3)")
+    predict.set_defaults(run=_predict)
+    evaluate = commands.add_parser("evaluate", parents=[common], help="how many labels of a set a network gets right")
+    evaluate.add_argument("network", metavar="RUN", help="the folder of a finished run")
+    evaluate.add_argument("data", metavar="DATA", help="class folders or a CSV file; the test split where there is one")
+    evaluate.set_defaults(run=_evaluate)
+
     config = commands.add_parser("config", help="list, show or check configs")
     actions = config.add_subparsers(required=True, metavar="action")
     actions.add_parser("ls", parents=[common], help="the configs that come with the package").set_defaults(
@@ -174,6 +185,24 @@ def _labels_diff(args: argparse.Namespace) -> None:
     from flywheel_fast import labels
 
     print("\n".join(labels.diff(Path(args.a), Path(args.b), _path(args.o))))
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from flywheel_fast.predict import predict
+
+    if args.top < 1:
+        raise BadInput(f"--top must be at least 1, not {args.top}")
+    count = predict(Path(args.network), args.images, Path(args.o), args.top)
+    print(f"{count:,} pictures: {args.o}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from flywheel_fast.predict import evaluate
+
+    found = evaluate(Path(args.network), Path(args.data))
+    print(f"accuracy {found.accuracy:.4f} on {found.count:,} ({found.split})")
+    for name, count, accuracy in found.by_class:
+        print(f"  {accuracy:.4f} of {count:,}  {name}")
 
 
 def _path(word: str | None) -> Path | None:

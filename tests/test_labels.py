@@ -304,7 +304,7 @@ def test_difference_of_a_run_and_its_correction(tmp_path, capsys):
 @pytest.mark.parametrize("page", ["README.md", "docs/label_review.md"])
 def test_every_command_of_the_docs_is_one(page):
     text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")
-    commands = re.findall(r"^    flywheel-fast ((?:report|labels) .*)", text, re.M)
+    commands = re.findall(r"^    flywheel-fast ((?:report|labels|predict|evaluate) .*)", text, re.M)
     assert len(commands) >= 3
     for command in commands:
         cli._parser().parse_args(shlex.split(command, comments=True))
