@@ -32,6 +32,7 @@ def over_epochs(title: str, lines: list[Line], percent: bool = True) -> dict:
             }
             for name, xs, ys in lines
         ],
+        "bars": [],
     }
 
 
@@ -52,6 +53,7 @@ def reliability(labels: Labels) -> dict | None:
             {"name": "truly right", "value": "", "points": _points(*dots), "dots": list(zip(*dots, strict=True))},
             {"name": "if calibrated", "value": "", "points": _points(across(ideal), up(ideal)), "dots": []},
         ],
+        "bars": [],
         "error": found.error,
     }
 
@@ -75,7 +77,10 @@ def histogram(labels: Labels, bins: int = 40) -> dict:
         "axis": "probability that the given label is right",
         "x": [(across(share), f"{share:.0%}") for share in (0, 0.25, 0.5, 0.75, 1)],
         "y": [(up(power), f"{10**power:,}") for power in range(decades + 1)],
-        "bars": [{"name": f"{values.sum():,} {name}", "boxes": boxes(values)} for name, values in counts.items()],
+        "lines": [],
+        "bars": [
+            {"name": f"{values.sum():,} {name}", "value": "", "boxes": boxes(values)} for name, values in counts.items()
+        ],
     }
 
 
