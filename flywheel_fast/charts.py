@@ -26,11 +26,12 @@ def over_epochs(title: str, lines: list[Line], percent: bool = True) -> dict:
         "lines": [
             {
                 "name": name,
+                "color": color,
                 "value": form.format(ys[-1]),
                 "points": _points(across(xs), up(ys)),
                 "dots": [(across(xs[-1]), up(ys[-1]))],
             }
-            for name, xs, ys in lines
+            for color, (name, xs, ys) in enumerate(lines)
         ],
         "bars": [],
     }
@@ -50,8 +51,14 @@ def reliability(labels: Labels) -> dict | None:
         "x": [(across(value), text) for value, text in share],
         "y": [(up(value), text) for value, text in share],
         "lines": [
-            {"name": "truly right", "value": "", "points": _points(*dots), "dots": list(zip(*dots, strict=True))},
-            {"name": "if calibrated", "value": "", "points": _points(across(ideal), up(ideal)), "dots": []},
+            {
+                "name": "truly right",
+                "color": 0,
+                "value": "",
+                "points": _points(*dots),
+                "dots": list(zip(*dots, strict=True)),
+            },
+            {"name": "if calibrated", "color": 1, "value": "", "points": _points(across(ideal), up(ideal)), "dots": []},
         ],
         "bars": [],
         "error": found.error,
@@ -79,7 +86,8 @@ def histogram(labels: Labels, bins: int = 40) -> dict:
         "y": [(up(power), f"{10**power:,}") for power in range(decades + 1)],
         "lines": [],
         "bars": [
-            {"name": f"{values.sum():,} {name}", "value": "", "boxes": boxes(values)} for name, values in counts.items()
+            {"name": f"{values.sum():,} {name}", "color": color, "value": "", "boxes": boxes(values)}
+            for color, (name, values) in enumerate(counts.items())
         ],
     }
 

@@ -287,13 +287,20 @@ def _duplicates(labels: Labels, most: int = 50) -> dict:
 
 
 def _comparison(runs: list[Run]) -> dict:
+    names = [run.name for run in runs]
+
     def chart(title: str, *columns: str, percent: bool = True) -> list[dict]:
         """One line a run, of the first of the columns that it has measured."""
         lines = []
         for run in runs:
             measured = [_measured(run, name) for name in columns if name in run.metrics]
             lines += [(run.name, *points) for points in [points for points in measured if len(points[0])][:1]]
-        return [charts.over_epochs(title, lines, percent)] if lines else []
+        if not lines:
+            return []
+        drawn = charts.over_epochs(title, lines, percent)
+        for line in drawn["lines"]:
+            line["color"] = names.index(line["name"])  # a run has one colour, whatever was measured of the others
+        return [drawn]
 
     accuracy = [(run.result.get(f"test_acc_{'aux' if run.labels else 'main'}"), run.name) for run in runs]
     loaded = [yaml.safe_load(run.config) for run in runs]

@@ -227,12 +227,13 @@ def test_runs_are_compared(tmp_path, monkeypatch):
     one = make_run(tmp_path / "a" / "run", drawn(600, 3, tmp_path), config="seed: 0\noptim: {lr: 0.1}\n")
     two = make_run(tmp_path / "b" / "run", None, PLAIN, config="seed: 0\noptim: {lr: 0.2}\n", test_acc_main=0.95)
     monkeypatch.chdir(tmp_path)
-    page = page_of(one, two)
+    page = page_of(two, one)
     assert (tmp_path / "comparison.html").exists()
     said = page.said()
     assert "most test images right at the end: b/run, 95.0%" in said
-    assert "optim.lr 0.1 0.2" in said and "seed" not in said.split("What differs")[1].split("Corruption")[0]
+    assert "optim.lr 0.2 0.1" in said and "seed" not in said.split("What differs")[1].split("Corruption")[0]
     accuracy, auroc, refurbished = re.findall(r"<svg.*?</svg>", page.source, re.S)
+    assert re.findall(r'<g class="(k.)">', accuracy + auroc + refurbished) == ["k0", "k1", "k1", "k1"]
     assert [chart.count("<polyline") for chart in (accuracy, auroc, refurbished)] == [2, 1, 1]
     assert len([table for table in page.of("table") if table.get("class") == "matrix long"]) == 2
     with pytest.raises(BadInput, match="named twice"):
