@@ -1,8 +1,7 @@
-"""What a run says of the labels: tables that name the suspects, plots that show them, figures for the last table."""
+"""What a run says of the labels: which are suspect, the tables that name them, figures for the last table."""
 
 import csv
-import warnings
-from collections.abc import Iterator
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -10,16 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
-from matplotlib import font_manager, style
-from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFormatter
-from PIL import Image, ImageOps
 
 from flywheel_fast.checkpoint import write_atomic
 from flywheel_fast.errors import BadInput
+
+FALSE_ALARMS = 0.1  # share of right labels among the suspects that clean_prob lets expect, at most
 
 
 @dataclass(frozen=True)
@@ -34,11 +31,24 @@ class Labels:
     clean_prob: np.ndarray  # [N] float32 in [0, 1]: probability that the given label is right
     suggested: np.ndarray  # [N] int64
     suggested_prob: np.ndarray  # [N] float32
-    posterior_sum: np.ndarray  # [C, C] float64: row true class, column given label
+    entropy: np.ndarray  # [N] float32 in [0, 1]: of the posterior, as a share of log C
+    networks_agree: np.ndarray  # [N] bool: both networks name the same class
+    times_suspected: np.ndarray  # [N] uint8: of the last eight cycles
+    posterior_sum: np.ndarray  # [C, C] float64: row true class, column given label; a row's scale has no meaning
 
     @cached_property
     def is_issue(self) -> np.ndarray:  # [N] bool
-        return (self.clean_prob < 0.5) & (self.suggested != self.given)
+        """The largest set of doubted labels in which the expected share of false alarms stays below FALSE_ALARMS.
+
+        Doubted: more likely wrong than right, and with another suggestion. A label of clean_prob w is a false alarm
+        with probability w, so that the mean of w over a set is the share to expect there.
+        """
+        doubted = np.flatnonzero((self.clean_prob < 0.5) & (self.suggested != self.given))
+        doubted = doubted[np.argsort(self.clean_prob[doubted], kind="stable")]
+        expected = np.cumsum(self.clean_prob[doubted], dtype=np.float64) / np.arange(1, len(doubted) + 1)  # rising
+        found = np.zeros(len(self.given), bool)
+        found[doubted[: np.searchsorted(expected, FALSE_ALARMS, side="right")]] = True
+        return found
 
     @cached_property
     def order(self) -> np.ndarray:  # [N] int64
@@ -78,6 +88,25 @@ def selection_quality(clean_prob: np.ndarray, given: np.ndarray, true: np.ndarra
     return float(roc_auc_score(wrong, score)), float(average_precision_score(wrong, score))
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """How far a label_score is the share of right labels among those that have it."""
+
+    score: np.ndarray  # [B] float64, mean label_score of a bin
+    right: np.ndarray  # [B] float64, share of its labels that are truly right
+    count: np.ndarray  # [B] int64; bins without labels are left out
+    error: float  # expected calibration error: mean |score - right| over the labels
+
+
+def calibration(clean_prob: np.ndarray, right: np.ndarray, bins: int = 10) -> Calibration:  # each [N]
+    """Reliability in bins of equal width (Guo et al., "On Calibration of Modern Neural Networks", arXiv 1706.04599)."""
+    of_bin = np.minimum((clean_prob * bins).astype(np.int64), bins - 1)
+    count = np.bincount(of_bin, minlength=bins)
+    used = np.flatnonzero(count)
+    score, share = (np.bincount(of_bin, values, bins)[used] / count[used] for values in (clean_prob, right))
+    return Calibration(score, share, count[used], float(np.average(np.abs(score - share), weights=count[used])))
+
+
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
@@ -86,6 +115,7 @@ class Summary:
     estimated_wrong: float  # share of the labels, mean of 1 - clean_prob
     true_wrong: float | None  # share of the labels, where the truth is known
     suspects: int
+    false_alarms: float | None  # share of the suspects to expect right, mean of clean_prob; None without suspects
     precision: float | None  # share of the suspects that are truly wrong; None without suspects or truth
     pairs: list[tuple[str, str, int]]  # (given, suggested, suspects), the commonest five
 
@@ -99,6 +129,7 @@ def summary(labels: Labels) -> Summary:
         estimated_wrong=float(1 - labels.clean_prob.mean(dtype=np.float64)),
         true_wrong=None if wrong is None else float(wrong.mean()),
         suspects=len(suspects),
+        false_alarms=float(labels.clean_prob[suspects].mean(dtype=np.float64)) if len(suspects) else None,
         precision=None if wrong is None or not len(suspects) else float(wrong[suspects].mean()),
         pairs=[(names[given], names[suggested], count) for given, suggested, count in commonest],
     )
@@ -111,9 +142,10 @@ def summary_rows(labels: Labels, run: Path) -> list[tuple[str, str]]:
     rows = [("labels estimated wrong", f"{found.estimated_wrong:.1%} of {n:,}{known}")]
     if not found.suspects:
         return [*rows, ("labels to look at", "none")]
-    known = "" if found.precision is None else f" ({found.precision:.1%} of them truly wrong)"
+    known = "" if found.precision is None else f", truly {found.precision:.1%}"
+    known = f" ({1 - found.false_alarms:.1%} of them wrong by estimate{known})"
     rows.append(("labels to look at", f"{found.suspects:,}{known}: the first rows of {run / 'labels' / 'issues.csv'}"))
-    pairs = (f"{_short(given, 24)} -> {_short(suggested, 24)} ({count:,})" for given, suggested, count in found.pairs)
+    pairs = (f"{short(given, 24)} -> {short(suggested, 24)} ({count:,})" for given, suggested, count in found.pairs)
     rows.append(("  most often", ", ".join(pairs)))
     rows.append(("  as pictures", str(run / "plots" / "suspects.png")))
     return rows
@@ -123,273 +155,84 @@ def summary_rows(labels: Labels, run: Path) -> list[tuple[str, str]]:
 
 
 def write_labels(labels: Labels, folder: Path) -> None:
-    """samples.parquet in the order of the data set, issues.csv with suspects first, corruption.csv.
+    """samples.parquet in the order of the data set, issues.csv the same with suspects first, corruption.csv.
 
-    The columns of issues.csv are named as cleanlab's; label_score is clean_prob: 0 to 1, lower is worse.
+    Columns as cleanlab names its own; label_score is clean_prob: 0 to 1, lower is worse.
     """
-    files, names = pa.array(labels.files), pa.array(labels.classes, pa.string())
-    given, suggested = pa.array(labels.given, pa.int32()), pa.array(labels.suggested, pa.int32())
-    samples = pa.table(
-        {
-            "file_name": files,
-            "given_label": pa.DictionaryArray.from_arrays(given, names),
-            "clean_prob": labels.clean_prob,
-            "suggested_label": pa.DictionaryArray.from_arrays(suggested, names),
-            "suggested_prob": labels.suggested_prob,
-        }
-    )
-    content = BytesIO()
-    pa.parquet.write_table(samples, content, compression="zstd", use_dictionary=["given_label", "suggested_label"])
-    write_atomic(folder / "samples.parquet", content.getbuffer())
+    names = pa.array(labels.classes, pa.string())
 
-    order = labels.order
-    issues = {
-        "file_name": files.take(order),
-        "given_label": names.take(given.take(order)),
-        "suggested_label": names.take(suggested.take(order)),
-        "is_label_issue": labels.is_issue[order],
-        "label_score": labels.clean_prob[order],
-        "suggested_prob": labels.suggested_prob[order],
+    def named(classes: np.ndarray) -> pa.DictionaryArray:  # [N] int64
+        return pa.DictionaryArray.from_arrays(pa.array(classes, pa.int32()), names)
+
+    samples = {
+        "file_name": labels.files,
+        "given_label": named(labels.given),
+        "suggested_label": named(labels.suggested),
+        "is_label_issue": labels.is_issue,
+        "label_score": labels.clean_prob,
+        "suggested_prob": labels.suggested_prob,
+        "entropy": labels.entropy,
+        "networks_agree": labels.networks_agree,
+        "times_suspected": labels.times_suspected,
     }
-    _write_csv(issues.keys(), issues.values(), folder / "issues.csv")
+    if labels.true is not None:
+        samples["true_label"] = named(labels.true)
+    table = pa.table(samples)
+    issues = table.take(labels.order)
+    for column in [field.name for field in table.schema if pa.types.is_dictionary(field.type)]:
+        issues = issues.set_column(issues.column_names.index(column), column, issues[column].cast(pa.string()))
+    _write_csv(issues, folder / "issues.csv")
+
+    content = BytesIO()
+    root = json.dumps({"root": str(labels.root.resolve()), "classes": labels.classes})
+    with_root = table.replace_schema_metadata({"flywheel_fast": root})
+    dictionaries = [name for name in samples if name.endswith("_label")]
+    pa.parquet.write_table(with_root, content, compression="zstd", use_dictionary=dictionaries)
+    write_atomic(folder / "samples.parquet", content.getbuffer())
 
     # A millionth is far below what the estimate resolves; nan becomes an empty cell.
     shares = [pa.array(column, from_pandas=True) for column in labels.corruption.T.round(6)]
-    _write_csv(["true_class", *labels.classes], [names, *shares], folder / "corruption.csv")
+    _write_csv(pa.table([names, *shares], names=["true_class", *labels.classes]), folder / "corruption.csv")
 
 
-def _write_csv(names, columns, path: Path) -> None:
+def _write_csv(table: pa.Table, path: Path) -> None:
     content = BytesIO()
-    pa.csv.write_csv(pa.table(list(columns), names=list(names)), content)
+    pa.csv.write_csv(table, content)
     write_atomic(path, content.getbuffer())
 
 
-# -- plots -------------------------------------------------------------------------------------------------------------
-
-BLUE, VERMILION, INK, GREY, PAPER = "#0072B2", "#D55E00", "#1F2328", "#6E7781", "#F3F4F6"  # Okabe and Ito's, and greys
-LOOK = {
-    "figure.dpi": 150,
-    "savefig.dpi": 150,
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.w_pad": 0.12,
-    "figure.constrained_layout.h_pad": 0.12,
-    "font.size": 9,
-    "text.color": INK,
-    "text.parse_math": False,  # a class may be called "$5"
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlepad": 10,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-}
-FALLBACKS = ("Noto Sans CJK SC", "WenQuanYi Micro Hei", "Arial Unicode MS", "Microsoft YaHei", "Malgun Gothic")
-
-
-def write_plots(labels: Labels | None, metrics_csv: Path, folder: Path) -> None:
-    """curves.png from a run's metrics.csv and, where there are labels to speak of, the three plots of them.
-
-    Raises BadInput when metrics.csv cannot be read.
-    """
-    installed = set(font_manager.get_font_names())
-    families = ["DejaVu Sans", *(name for name in FALLBACKS if name in installed)]
-    with style.context(LOOK | {"font.family": families}, after_reset=True), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that no font here has shows as boxes
-        for name, figure in _figures(labels, metrics_csv):
-            content = BytesIO()
-            figure.savefig(content, format="png")
-            write_atomic(folder / name, content.getbuffer())
-
-
-def _figures(labels: Labels | None, metrics_csv: Path) -> Iterator[tuple[str, Figure]]:
-    yield "curves.png", _curves(_read_metrics(metrics_csv))
-    if labels:
-        yield "corruption.png", _corruption(labels)
-        yield "clean_prob.png", _histogram(labels)
-        yield "suspects.png", _sheet(labels)
-
-
-def _read_metrics(path: Path) -> dict[str, np.ndarray]:
-    """Each column [epochs] float64, nan where its cell is empty."""
+def read_labels(folder: Path) -> Labels:
+    """What `write_labels` wrote into `folder`. Raises BadInput where it is absent or something else."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        names = rows[0].keys() | {"cycle"} if rows else ()
-        return {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{path}: is not a run's metrics.csv ({error}); name the one that a run wrote") from error
+        table = pa.parquet.read_table(BytesIO((folder / "samples.parquet").read_bytes()))
+        origin = json.loads(table.schema.metadata[b"flywheel_fast"])
+        with open(folder / "corruption.csv", newline="", encoding="utf-8") as file:
+            shares = [[float(share or 0) for share in row[1:]] for row in list(csv.reader(file))[1:]]
+        names = pa.array(origin["classes"], pa.string())
+
+        def classes(column: str) -> np.ndarray:  # [N] int64
+            return pc.index_in(table[column].cast(pa.string()), value_set=names).to_numpy().astype(np.int64)
+
+        return Labels(
+            root=Path(origin["root"]),
+            files=table["file_name"].to_numpy().astype(str),
+            classes=tuple(origin["classes"]),
+            given=classes("given_label"),
+            true=classes("true_label") if "true_label" in table.column_names else None,
+            clean_prob=table["label_score"].to_numpy(),
+            suggested=classes("suggested_label"),
+            suggested_prob=table["suggested_prob"].to_numpy(),
+            entropy=table["entropy"].to_numpy(),
+            networks_agree=table["networks_agree"].to_numpy(),
+            times_suspected=table["times_suspected"].to_numpy(),
+            posterior_sum=np.array(shares, np.float64),
+        )
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowInvalid) as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"{folder}: does not hold the labels of a run ({reason}); name a finished run") from error
 
 
-PANELS = [  # title, how a value is written, and its curves: column, name, colour
-    ("Test accuracy", "{:.1%}", [("test_acc_aux", "auxiliary", BLUE), ("test_acc_main", "main", VERMILION)]),
-    ("Share of clean labels (γ)", "{:.1%}", [("gamma", "estimated", BLUE), ("true_clean", "true", INK)]),
-    ("Wrong labels told from right (AUROC)", "{:.3f}", [("selection_auroc", "AUROC", BLUE)]),
-]
-
-
-def _curves(metrics: dict[str, np.ndarray]) -> Figure:
-    """A panel for each of accuracy, gamma and AUROC that was measured at least once."""
-    measured = {name for name, column in metrics.items() if np.isfinite(column).any()}
-    panels = [panel for panel in PANELS if panel[2][0][0] in measured or panel[2][-1][0] in measured - {"true_clean"}]
-    if not panels:
-        return _note("Nothing was measured: no test split, and no cycle yet")
-    figure = Figure(figsize=(4 * len(panels), 3.2))
-    for axes, (title, form, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        ends = []
-        for column, name, color in curves:
-            if column in measured:
-                seen = np.isfinite(metrics[column])
-                epochs, values = metrics["cycle"][seen], metrics[column][seen]
-                dash = {"linestyle": (0, (4, 3)), "linewidth": 1.2} if column == "true_clean" else {"linewidth": 1.8}
-                axes.plot(epochs, values, color=color, marker="o" if len(epochs) == 1 else "", **dash)
-                ends.append((values[-1], f"{name} {form.format(values[-1])}", color))
-        axes.set_title(title)
-        axes.set_xlabel("epoch")
-        first, last = metrics["cycle"][[0, -1]]
-        axes.set_xlim((first, last) if last > first else (first - 0.5, first + 0.5))
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-        low, high = axes.dataLim.intervaly
-        spare = max(0.06 * (high - low), 0.02)  # never so tight that a flat curve looks eventful
-        axes.set_ylim(low - spare, high + spare)
-        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None) if "%" in form else "{x:.2f}")
-        axes.grid(axis="y", color="#E5E7EB", linewidth=0.8)
-        axes.set_axisbelow(True)
-        _name_ends(axes, ends)
-    return figure
-
-
-def _name_ends(axes, ends: list[tuple[float, str, str]]) -> None:
-    """Writes each curve's name and last value beside its end; two that would overlap are moved apart."""
-    bottom, top = axes.get_ylim()
-    places = sorted(((value - bottom) / (top - bottom), text, color) for value, text, color in ends)
-    overlap = max(0, 0.08 - (places[-1][0] - places[0][0])) / 2 if len(places) > 1 else 0
-    for (place, text, color), shift in zip(places, (-overlap, overlap), strict=False):
-        axes.text(1.02, place + shift, text, color=color, va="center", transform=axes.transAxes)
-
-
-def _corruption(labels: Labels) -> Figure:
-    """The estimated matrix and, where known, the true one beside it; up to 12 classes with every cell in figures."""
-    c, matrices = len(labels.classes), {"Estimated": labels.corruption}
-    if labels.true is not None:
-        matrices["True"] = labels.true_corruption
-    side = float(np.clip(0.5 * c, 2.5, 7.5))
-    figure = Figure(figsize=((side + 0.4) * len(matrices) + 1.6, side + 1.6), layout="compressed")
-    panels = figure.subplots(1, len(matrices), squeeze=False, sharey=True)[0]
-    named = range(0, c, -(-c // 50))  # as many names as can be read
-    names, size = [_short(labels.classes[k], 16) for k in named], 9 if c <= 20 else 6
-    # With many classes the noise that matters is a thousandth of a row in each cell: only a scale by decades shows it.
-    norm = Normalize(0, 1) if c <= 12 else LogNorm(1e-3, 1)
-    for axes, (title, matrix) in zip(panels, matrices.items(), strict=True):
-        axes.set_facecolor("#D0D7DE")  # shows where a class has no samples
-        image = axes.imshow(matrix if c <= 12 else np.maximum(matrix, 1e-4), norm=norm, cmap="Blues")
-        for (row, column), share in np.ndenumerate(matrix if c <= 12 else np.empty((0, 0))):
-            text, color = "–" if np.isnan(share) else f"{share:.0%}", "white" if share > 0.6 else INK
-            axes.text(column, row, text, ha="center", va="center", color=color, size=8)
-        axes.set_title(title)
-        axes.set_xticks(named, names, rotation=90 if c > 3 else 0, size=size)
-        axes.set_yticks(named, names, size=size)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        axes.set_xlabel("given label")
-    panels[0].set_ylabel("true class (each row: 100%)")
-    if c > 12:
-        percent = FuncFormatter(lambda share, _: f"{100 * share:g}%")
-        bar = figure.colorbar(image, ax=panels, shrink=0.6, aspect=30, extend="min", format=percent)
-        bar.set_label("share of the true class")
-        bar.outline.set_visible(False)
-        bar.minorticks_off()
-    return figure
-
-
-def _histogram(labels: Labels) -> Figure:
-    """clean_prob of all labels; the truly wrong ones apart where they are known."""
-    groups = [(np.ones(len(labels.given), bool), "labels", BLUE, "left")]
-    if labels.true is not None:
-        right = labels.given == labels.true
-        groups = [(right, "truly right", BLUE, "right"), (~right, "truly wrong", VERMILION, "left")]
-    figure = Figure(figsize=(7, 3.6))
-    axes = figure.subplots()
-    top = 1
-    for chosen, name, color, side in groups:
-        counts, edges = np.histogram(labels.clean_prob[chosen], bins=50, range=(0, 1))
-        axes.stairs(counts, edges, baseline=0.1, fill=True, color=color, alpha=0.25)
-        axes.stairs(counts, edges, baseline=0.1, color=color, linewidth=1.4)
-        axes.set_title(f"{counts.sum():,} {name}", color=color, loc=side)
-        top = max(top, counts.max())
-    axes.set_yscale("log")
-    axes.set_ylim(0.7, top * 3)
-    axes.yaxis.set_major_locator(LogLocator(numticks=8))
-    axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_minor_formatter("")
-    axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.axvline(0.5, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
-    axes.text(0.49, top * 2.4, f"{len(labels.suspects):,} suspects", ha="right", va="top")
-    axes.set_xlabel("probability that the given label is right")
-    axes.set_ylabel("labels")
-    return figure
-
-
-TILE = 240  # pixels
-
-
-def _sheet(labels: Labels) -> Figure:
-    """The 36 likeliest wrong labels as pictures: given and suggested class, clean_prob."""
-    shown = labels.suspects[:36]
-    if not len(shown):
-        return _note("No label is suspected of being wrong")
-    rows = -(-len(shown) // 6)
-    figure = Figure(figsize=(10.5, 2.3 * rows + 0.5))
-    title = f"The {len(shown)} likeliest of {len(labels.suspects):,} suspects: given label → suggested label"
-    figure.suptitle(title, weight="bold", x=0.012, ha="left", size=11)
-    panels = figure.subplots(rows, 6, squeeze=False).ravel()
-    for axes in panels:
-        axes.set_axis_off()
-    for axes, i in zip(panels, shown, strict=False):
-        tile = _thumbnail(labels.root / str(labels.files[i]))
-        if tile is None:
-            tile, text = Image.new("RGB", (TILE, TILE), PAPER), f"cannot be read:\n{_short(str(labels.files[i]), 24)}"
-            axes.text(0.5, 0.5, text, ha="center", va="center", size=7, transform=axes.transAxes)
-        axes.imshow(tile)
-        given, suggested = (_short(labels.classes[k], 20) for k in (labels.given[i], labels.suggested[i]))
-        below = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center", "va": "top"}
-        axes.annotate(f"{given}\n→ {suggested}", (0.5, 0), (0, -4), size=8, **below)
-        axes.annotate(f"score {labels.clean_prob[i]:.3f}", (0.5, 0), (0, -28), size=7, color=GREY, **below)
-    return figure
-
-
-def _thumbnail(path: Path) -> Image.Image | None:
-    """The picture fitted into a square tile; None where it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (TILE, TILE))  # JPEG decodes at a fraction of its size
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to white
-                image = image.point(lambda value: value / 256).convert("L")
-            image = image.convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what PIL raises for what is no image
-        return None
-    smooth = max(image.size) > TILE
-    image = ImageOps.contain(image, (TILE, TILE), Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
-    tile = Image.new("RGBA", (TILE, TILE), PAPER)
-    tile.alpha_composite(image, ((TILE - image.width) // 2, (TILE - image.height) // 2))
-    return tile.convert("RGB")
-
-
-def _note(text: str) -> Figure:
-    figure = Figure(figsize=(7, 1.2))
-    figure.text(0.5, 0.5, text, ha="center", va="center", size=11)
-    return figure
-
-
-def _short(name: str, length: int) -> str:
+def short(name: str, length: int) -> str:
     """One line of at most `length` characters; start and end stay, as either may be what tells names apart."""
     name = " ".join(name.split())
     return name if len(name) <= length else f"{name[: length // 2]}…{name[1 + length // 2 - length :]}"

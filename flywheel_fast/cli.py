@@ -1,4 +1,4 @@
-"""The command line: `flywheel-fast train | config | data | doctor`. Heavy imports stay inside the sub-commands."""
+"""The command line: train, report, labels, predict, evaluate, data, config, doctor. Heavy imports stay inside these."""
 
 import argparse
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 from flywheel_fast.errors import BadInput, Failure
 
 EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+FORMATS = ("csv", "label-studio", "cvat", "fiftyone", "folder")
 EXAMPLES = """examples:
   flywheel-fast train                                     real digits, 40 % of the labels wrong
   flywheel-fast train digits cycle.kind=cross_entropy     the same with plain cross-entropy
@@ -79,6 +80,42 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--overwrite", action="store_true", help="replace the run that stands in the folder")
     train.set_defaults(run=_train)
 
+    report = commands.add_parser("report", parents=[common], help="a page of what a run found, or of how runs compare")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a finished run")
+    report.add_argument("-o", metavar="FILE", help="the page (default: RUN/report.html; of several: comparison.html)")
+    report.add_argument("--images", metavar="DIR", help="where the images lie now, if they have moved since")
+    report.set_defaults(run=_report)
+
+    labels = commands.add_parser("labels", help="suspects to a reviewing tool, and its answers back")
+    actions = labels.add_subparsers(required=True, metavar="action")
+    export = actions.add_parser("export", parents=[common], help="the suspects of a run, as tasks of a reviewing tool")
+    export.add_argument("exported", metavar="RUN", help="the folder of a finished run")
+    export.add_argument("--format", required=True, choices=FORMATS, help="the tool's; folder: links, a folder a class")
+    export.add_argument("-o", metavar="DIR", help="a new folder (default: RUN/review/FORMAT)")
+    export.set_defaults(run=_labels_export)
+    back = actions.add_parser("import", parents=[common], help="answers, as labels in the form in which the input came")
+    back.add_argument("reviewed", metavar="RUN", help="the run whose labels were reviewed")
+    back.add_argument("answers", metavar="FILE", help="a file or folder in any format of export")
+    back.add_argument("-o", metavar="CSV", help="the corrected labels (default: RUN/review/corrected.csv)")
+    back.add_argument("--links", metavar="DIR", help="also a tree of links to the images, to train on")
+    back.set_defaults(run=_labels_import)
+    diff = actions.add_parser("diff", parents=[common], help="what differs between two sets of labels")
+    diff.add_argument("a", metavar="A", help="a run, or labels in any format of export")
+    diff.add_argument("b", metavar="B", help="likewise")
+    diff.add_argument("-o", metavar="CSV", help="the files whose label differs, one a row")
+    diff.set_defaults(run=_labels_diff)
+
+    predict = commands.add_parser("predict", parents=[common], help="the likeliest classes of pictures")
+    predict.add_argument("network", metavar="RUN", help="the folder of a finished run")
+    predict.add_argument("images", nargs="+", metavar="FOLDER|FILE", help="pictures, or folders of them")
+    predict.add_argument("-o", required=True, metavar="CSV", help="a row a picture")
+    predict.add_argument("--top", type=int, default=3, metavar="K", help="classes in a row, likeliest first (3)")
+    predict.set_defaults(run=_predict)
+    evaluate = commands.add_parser("evaluate", parents=[common], help="how many labels of a set a network gets right")
+    evaluate.add_argument("network", metavar="RUN", help="the folder of a finished run")
+    evaluate.add_argument("data", metavar="DATA", help="class folders or a CSV file; the test split where there is one")
+    evaluate.set_defaults(run=_evaluate)
+
     config = commands.add_parser("config", help="list, show or check configs")
     actions = config.add_subparsers(required=True, metavar="action")
     actions.add_parser("ls", parents=[common], help="the configs that come with the package").set_defaults(
@@ -142,6 +179,57 @@ def _train(args: argparse.Namespace) -> None:
     except BadInput:
         run_folder.leave(out)
         raise
+
+
+def _report(args: argparse.Namespace) -> None:
+    from flywheel_fast import report
+
+    images = _path(args.images)
+    if images and not images.is_dir():
+        raise BadInput(f"--images {images}: is not a folder")
+    print(report.write([Path(run) for run in args.runs], _path(args.o), images))
+
+
+def _labels_export(args: argparse.Namespace) -> None:
+    from flywheel_fast import labels
+
+    out, count = labels.export(Path(args.exported), args.format, _path(args.o))
+    print(f"{count:,} suspects in {out}")
+
+
+def _labels_import(args: argparse.Namespace) -> None:
+    from flywheel_fast import labels
+
+    done = labels.import_(Path(args.reviewed), Path(args.answers), _path(args.o), _path(args.links))
+    print(f"{done.reviewed:,} labels reviewed, {done.changed:,} of them changed: {done.corrected}")
+
+
+def _labels_diff(args: argparse.Namespace) -> None:
+    from flywheel_fast import labels
+
+    print("\n".join(labels.diff(Path(args.a), Path(args.b), _path(args.o))))
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from flywheel_fast.predict import predict
+
+    if args.top < 1:
+        raise BadInput(f"--top must be at least 1, not {args.top}")
+    count = predict(Path(args.network), args.images, Path(args.o), args.top)
+    print(f"{count:,} pictures: {args.o}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from flywheel_fast.predict import evaluate
+
+    found = evaluate(Path(args.network), Path(args.data))
+    print(f"accuracy {found.accuracy:.4f} on {found.count:,} ({found.split})")
+    for name, count, accuracy in found.by_class:
+        print(f"  {accuracy:.4f} of {count:,}  {name}")
+
+
+def _path(word: str | None) -> Path | None:
+    return Path(word) if word else None
 
 
 def _config_ls(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ MIN_CLASS_MASS = 1e-6  # of the mean prediction; keeps the alignment weight of a
 
 @dataclass
 class EMState:
-    """N samples, C classes; 36 bytes a sample."""
+    """N samples, C classes; 37 bytes a sample."""
 
     labels: Tensor  # [N] int64           observed, never overwritten
     clean_prob: Tensor  # [N] float32     w: probability that the observed label is right
@@ -22,6 +22,7 @@ class EMState:
     resampled_label: Tensor  # [N] int64  argmax of the auxiliary network, for every sample
     suggested_label: Tensor  # [N] int64  argmax of the posterior
     suggested_prob: Tensor  # [N] float32
+    suspicion: Tensor  # [N] uint8        was the label suspected? a bit a cycle, of the last eight
     gamma: Tensor  # [] float64           mean of w: share of clean labels
     clean_rate: Tensor  # [C] float64     gamma_y, prior probability that a label of true class y is clean
     corruption: Tensor  # [C, C] float32  T_c(y, j), diagonal zero, times (1 - gamma_y) / (1 - gamma_j)
@@ -40,6 +41,7 @@ class EMState:
             resampled_label=labels.clone(),
             suggested_label=labels.clone(),
             suggested_prob=torch.full((n,), gamma, device=device),
+            suspicion=torch.zeros(n, dtype=torch.uint8, device=device),
             gamma=torch.tensor(gamma, dtype=torch.float64, device=device),
             clean_rate=torch.full((num_classes,), gamma, dtype=torch.float64, device=device),
             corruption=off_diagonal.t() / max(num_classes - 1, 1),
@@ -170,6 +172,8 @@ class Resampling:
             counts = (self.sums.corrupted_sum + smoothing / c) * off_diagonal
             state.corruption = (counts / counts.sum(dim=1, keepdim=True).clamp_min(1e-300)).float()
         state.posterior_sum = self.sums.posterior_sum
+        suspected = (state.clean_prob < 0.5) & (state.suggested_label != state.labels)
+        state.suspicion = (state.suspicion << 1) | suspected
         if aligned:
             observed = torch.bincount(state.labels, minlength=c) / len(state.labels)
             predicted = self.sums.class_sum / len(state.labels)

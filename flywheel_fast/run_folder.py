@@ -10,7 +10,18 @@ from flywheel_fast.errors import BadInput
 CHECKPOINT = Path("weights", "last.pt")
 LOG = "train.log"
 # What a run writes.
-OWN = {"config.yaml", "env.json", "metrics.csv", "result.json", "noise.npz", LOG, "weights", "labels", "plots"}
+OWN = {
+    "config.yaml",
+    "env.json",
+    "metrics.csv",
+    "result.json",
+    "noise.npz",
+    LOG,
+    "weights",
+    "labels",
+    "plots",
+    "report.html",
+}
 
 
 def resumable(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save as to_safetensors
+from torch import Tensor
 
-from flywheel_fast import audit, checkpoint, env, models, ops, run_folder
+from flywheel_fast import audit, checkpoint, env, models, ops, plots, run_folder
 from flywheel_fast import config as configs
 from flywheel_fast.cycle import Cycle, CycleConfig
 from flywheel_fast.data import noise, sources
@@ -242,12 +244,14 @@ class Trainer:
         with self.screen.console.status("writing labels and plots"):
             if labels:
                 audit.write_labels(labels, self.out / "labels")
-            audit.write_plots(labels, self.out / "metrics.csv", self.out / "plots")
+            plots.write_plots(labels, self.out / "metrics.csv", self.out / "plots")
         checkpoint.write_atomic(self.out / "result.json", json.dumps(self._record(), indent=2).encode())
         self.screen.table("\nResult", self._result(labels))
 
     def _labels(self) -> audit.Labels:
         train_set, state = self.train_set, self.cycle.state
+        entropy, agree = self._last_look()
+        suspicion = state.suspicion.cpu().numpy()
         return audit.Labels(
             root=train_set.root,
             files=train_set.files,
@@ -257,8 +261,23 @@ class Trainer:
             clean_prob=state.clean_prob.cpu().numpy(),
             suggested=state.suggested_label.cpu().numpy(),
             suggested_prob=state.suggested_prob.cpu().numpy(),
+            entropy=entropy.cpu().numpy(),
+            networks_agree=agree.cpu().numpy(),
+            times_suspected=np.unpackbits(suspicion[:, None], axis=1).sum(axis=1, dtype=np.uint8),
             posterior_sum=state.posterior_sum.cpu().numpy(),
         )
+
+    def _last_look(self) -> tuple[Tensor, Tensor]:
+        """Entropy of each posterior [N] as a share of log C, and whether the networks agree [N]."""
+        cycle, state = self.cycle, self.cycle.state
+        entropy, agree = torch.zeros_like(state.clean_prob), torch.zeros_like(state.labels, dtype=torch.bool)
+        for index, (clean,) in self.loader.sweep():
+            main, aux = cycle.main.predict(clean), cycle.aux.predict(clean)
+            labels, clean_prob = state.labels[index], state.clean_prob[index]
+            q = ops.posterior(aux, labels, clean_prob, state.corruption, cycle.config.posterior)
+            entropy[index] = torch.special.entr(q).sum(dim=1).float() / math.log(state.num_classes)
+            agree[index] = main.argmax(dim=1) == aux.argmax(dim=1)
+        return entropy, agree
 
     def _record(self) -> dict:
         """For result.json: what tables of runs are made of."""

@@ -182,6 +182,18 @@ def test_the_cycle_with_anchors_recovers_gamma_on_the_toy():
     assert accuracy > 0.88 and abs(gamma - np.mean(noisy.true == noisy.labels)) < 0.08
 
 
+def test_the_history_of_suspicion_is_of_the_last_eight_cycles():
+    labels = torch.zeros(3, dtype=torch.long)
+    state = EMState.start(labels, 4, 0.5)
+    logits = torch.tensor([[-9.0, 9.0, 0.0, 0.0]] * 3)  # the auxiliary network says class 1
+    for cycle in range(12):
+        state.clean_prob = torch.tensor([0.01, 0.99, 0.01 if cycle in (2, 9) else 0.99])
+        resampling = Resampling(state, "mixture")
+        resampling.add(torch.arange(3), logits)
+        resampling.finish(aligned=False, smoothing=1.0)
+    assert state.suspicion.tolist() == [0b11111111, 0, 0b00000100]
+
+
 def test_merged_classes_are_named():
     labels = torch.arange(4).repeat(25)
     state = EMState.start(labels, 4, 0.5)

@@ -18,7 +18,9 @@ FLOORS = [  # a module may import from floors below its own, and from the rooms 
     {"data.sources.__init__", "data.fixtures"},
     {"cycle", "data.pipelines", "checkpoint", "run_folder", "screen"},
     {"audit", "doctor", "data.check"},
-    {"trainer"},
+    {"plots", "charts", "labels"},
+    {"report", "trainer"},
+    {"predict"},
     {"cli"},
     {"__main__"},
 ]

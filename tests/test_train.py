@@ -12,6 +12,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -52,9 +53,9 @@ def test_digits_are_learnt_and_the_wrong_labels_found(tmp_path):
     assert "test accuracy, last epoch" in said and "issues.csv" in said and "COLLAPSED" not in said
 
     docs = (ROOT / "docs/run_folder.md").read_text()
-    files, columns = docs.split("## metrics.csv")
+    files, columns = docs.split("## issues.csv")[0], docs.split("## metrics.csv")[1]
     for name in re.findall(r"^\| `([^`]+)` \|", files, re.M):
-        assert (run / name).exists(), name
+        assert (run / name).exists() or name in ("report.html", "review/"), name
     header = list(rows(run)[0])
     assert header[:8] == (
         "cycle test_acc_main test_acc_aux gamma true_clean selection_auroc refurbish_acc classes_alive".split()
@@ -65,6 +66,13 @@ def test_digits_are_learnt_and_the_wrong_labels_found(tmp_path):
     assert len(issues) == 1347
     scores = [float(row["label_score"]) for row in issues if row["is_label_issue"] == "true"]
     assert 450 < len(scores) < 520 and scores == sorted(scores)
+    entropy = np.array([float(row["entropy"]) for row in issues])
+    agree = np.array([row["networks_agree"] == "true" for row in issues])
+    history = np.array([int(row["times_suspected"]) for row in issues])
+    assert 0 <= entropy.min() and entropy.max() <= 1 and agree.mean() > 0.99
+    prob = np.array([float(row["suggested_prob"]) for row in issues])
+    assert entropy[prob > 0.9].mean() < 0.1 < 0.2 < entropy[prob < 0.6].mean()
+    assert history.max() == 8 and history[: len(scores)].mean() > 7 and history[len(scores) :].mean() < 0.5
     assert json.loads((run / "env.json").read_text())["torch"]
     assert yaml.safe_load((run / "config.yaml").read_text())["optim"]["epochs"] == 40
     from safetensors import safe_open
