@@ -22,7 +22,7 @@ from PIL import Image
 
 from flywheel_fast.audit import Labels, read_labels
 from flywheel_fast.checkpoint import write_atomic
-from flywheel_fast.data.sources import TEST_FOLDERS
+from flywheel_fast.data.sources.folders import TEST_FOLDERS
 from flywheel_fast.errors import BadInput, Failure
 
 TASKS = 100_000  # of one file, at most
@@ -280,7 +280,7 @@ def import_(run: Path, path: Path, out: Path | None = None, links: Path | None =
 def _as_it_came(run: Path, root: Path, corrected: dict[str, str]) -> tuple[list[str], Iterable[Sequence]]:
     """Header and rows: those of the run's CSV file with other labels, else file_name and label."""
     data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
-    if data["source"] != "csv":
+    if data["source"] != "csv" or Path(data["root"]).suffix.lower() != ".csv":  # folders, Parquet, an imagefolder
         return ["file_name", "label"], corrected.items()
     source = root / Path(data["root"]).name
     try:
@@ -288,7 +288,8 @@ def _as_it_came(run: Path, root: Path, corrected: dict[str, str]) -> tuple[list[
             header, *rows = (row for row in csv.reader(file) if row)
     except OSError as error:
         raise BadInput(f"{source}: the run's CSV file cannot be read ({error.strerror}); put it back") from error
-    name, label = header.index("file_name"), header.index("label")
+    name = header.index("file_name" if "file_name" in header else "image_path")
+    label = header.index("label")
     for row in rows:
         row[label] = corrected.get(row[name], row[label])
     return header, rows

@@ -17,7 +17,8 @@ from flywheel_fast import models
 from flywheel_fast.checkpoint import write_atomic
 from flywheel_fast.data.manifest import Manifest
 from flywheel_fast.data.pipelines import Loader
-from flywheel_fast.data.sources import IMAGE_SUFFIXES, SOURCES, DataConfig
+from flywheel_fast.data.sources import SOURCES
+from flywheel_fast.data.sources.folders import IMAGE_SUFFIXES
 from flywheel_fast.errors import BadInput, Failure
 from flywheel_fast.learner import Learner
 from flywheel_fast.trainer import Config
@@ -126,7 +127,7 @@ def evaluate(run: Path, data: Path) -> Evaluation:
     Raises BadInput for a class that the network does not know, Failure for files that cannot be read.
     """
     predictor = Predictor(run)
-    train, test = SOURCES["folder" if data.is_dir() else "csv"](DataConfig("folder", str(data)))
+    train, test = SOURCES["folder" if data.is_dir() else "csv"](data)
     manifest = train if test is None else test
     unknown = sorted(set(manifest.classes) - set(predictor.classes))
     if unknown:
