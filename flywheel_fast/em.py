@@ -192,6 +192,7 @@ class Anchors:
 
     def __init__(self, labels: Tensor, num_classes: int):
         self.labels, self.c = labels, num_classes
+        self.of_label = torch.bincount(labels, minlength=num_classes)  # [C]
         self.count = max(len(labels) // (10 * num_classes), 1)
         zeros = torch.zeros(num_classes, dtype=torch.float64, device=labels.device)
         self.surest = torch.zeros(num_classes, 0, device=labels.device)  # [C, count]
@@ -211,8 +212,7 @@ class Anchors:
         f, labels = logits.float().softmax(dim=1), self.labels[index]
         anchors = (f >= self.surest[:, -1]).double()  # [B, C]
         self.rows += anchors.t() @ f.double()
-        of_label = torch.bincount(self.labels, minlength=self.c)
-        confident = f >= (self.confidence / of_label.clamp_min(1)).float()  # [B, C]
+        confident = f >= (self.confidence / self.of_label.clamp_min(1)).float()  # [B, C]
         best = torch.where(confident, f, -1).argmax(dim=1)
         counted = confident.any(dim=1)
         pairs = torch.bincount((best * self.c + labels)[counted], minlength=self.c * self.c)
@@ -220,8 +220,7 @@ class Anchors:
 
     def transition(self) -> Tensor:
         """P(observed j | true y) [C, C] float64."""
-        of_label = torch.bincount(self.labels, minlength=self.c)
         joint = (
-            self.joint / self.joint.sum(dim=0).clamp_min(1) * of_label + 0.5 / self.c
+            self.joint / self.joint.sum(dim=0).clamp_min(1) * self.of_label + 0.5 / self.c
         )  # of all samples, not the counted
         return (self.rows / self.rows.sum(dim=1, keepdim=True) + joint / joint.sum(dim=1, keepdim=True)) / 2

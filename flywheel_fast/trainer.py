@@ -70,7 +70,6 @@ class Trainer:
         self.test_loader = self._loader(self.test_set) if self.test_set else None
         self.cycle = self._assemble()
         self.history: list[dict] = []  # a row an epoch, as in metrics.csv
-        self.ailments: dict[str, str] = {}  # of the last cycle
         self.warned: set[str] = set()
         if resume:
             self._restore()
@@ -174,8 +173,7 @@ class Trainer:
             if true is not None:
                 row["true_clean"] = float(np.mean(true == self.train_set.labels))
             if cycle.cycling(epoch):
-                self.ailments = cycle.state.ailments(cycle.agreement, self.train_set.classes)
-                alive = cycle.state.num_classes - sum(name.startswith("merged ") for name in self.ailments)
+                alive = cycle.state.num_classes - len(cycle.state.merged_classes())
                 row |= {"gamma": cycle.state.gamma.item(), "classes_alive": alive, "agreement": cycle.agreement}
                 if true is not None:
                     row |= self._quality(true)
@@ -228,9 +226,15 @@ class Trainer:
         shown = ("test_acc_main", "test_acc_aux", "gamma", "true_clean", "selection_auroc", "refurbish_acc")
         parts += [f"{name} {row[name]:.3f}" for name in shown if name in row]
         self.screen.say("  ".join(parts) + f"  {_seconds(row):.1f} s")
-        for name in self.ailments.keys() - self.warned:
-            self.screen.warn(self.ailments[name])
-        self.warned |= self.ailments.keys()
+        ailments = self._ailments()
+        for name in ailments.keys() - self.warned:
+            self.screen.warn(ailments[name])
+        self.warned |= ailments.keys()
+
+    def _ailments(self) -> dict[str, str]:
+        """Of the last cycle, after a resumption too; none before the first."""
+        row = self.history[-1]
+        return self.cycle.state.ailments(row["agreement"], self.train_set.classes) if "agreement" in row else {}
 
     # -- end -----------------------------------------------------------------------------------------------------------
 
@@ -304,11 +308,14 @@ class Trainer:
             rows.append(("  of the main network", f"{row['test_acc_main']:.4f}"))
         if labels:
             rows += audit.summary_rows(labels, self.out)
-        merged = [name.removeprefix("merged ") for name in self.ailments if name.startswith("merged ")]
+        merged = self.cycle.state.merged_classes() if labels else []
         if merged:
-            which = f"{len(merged)} of {len(self.train_set.classes)} classes have merged with others"
-            rows.append(("COLLAPSED", f"{which} ({', '.join(merged[:6])}): do not use this result"))
-        rows += [("WARNING", said) for name, said in self.ailments.items() if not name.startswith("merged ")]
+            names = self.train_set.classes
+            pairs = ", ".join(f"{names[gone]} -> {names[into]}" for gone, into in merged[:6])
+            rows.append(
+                ("COLLAPSED", f"{len(merged)} of {len(names)} classes have merged ({pairs}): do not use this result")
+            )
+        rows += [("WARNING", said) for name, said in self._ailments().items() if not name.startswith("merged ")]
         seconds = sum(_seconds(row) for row in self.history)
         rows.append(("network", f"{self.out / 'weights' / 'model.safetensors'} ({used})"))
         rows.append(("time", f"{seconds:.0f} s for {len(self.history)} epochs of {n:,} images"))
