@@ -14,8 +14,10 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from flywheel_fast.checkpoint import write_atomic
+from flywheel_fast.data.manifest import DROPPED, NOT_REVIEWED
 from flywheel_fast.errors import BadInput
 
+REVIEWS = pa.array(["", "kept", "corrected", "dropped"])  # the column `review`
 FALSE_ALARMS = 0.1  # share of right labels among the suspects that clean_prob lets expect, at most
 
 
@@ -35,15 +37,19 @@ class Labels:
     networks_agree: np.ndarray  # [N] bool: both networks name the same class
     times_suspected: np.ndarray  # [N] uint8: of the last eight cycles
     posterior_sum: np.ndarray  # [C, C] float64: row true class, column given label; a row's scale has no meaning
+    reviewed: np.ndarray | None = None  # [N] int64, as Manifest has it: decided class, NOT_REVIEWED or DROPPED
 
     @cached_property
     def is_issue(self) -> np.ndarray:  # [N] bool
         """The largest set of doubted labels in which the expected share of false alarms stays below FALSE_ALARMS.
 
-        Doubted: more likely wrong than right, and with another suggestion. A label of clean_prob w is a false alarm
-        with probability w, so that the mean of w over a set is the share to expect there.
+        Doubted: more likely wrong than right, with another suggestion, and not reviewed. A label of clean_prob w is a
+        false alarm with probability w, so that the mean of w over a set is the share to expect there.
         """
-        doubted = np.flatnonzero((self.clean_prob < 0.5) & (self.suggested != self.given))
+        doubted = (self.clean_prob < 0.5) & (self.suggested != self.given)
+        if self.reviewed is not None:
+            doubted &= self.reviewed == NOT_REVIEWED
+        doubted = np.flatnonzero(doubted)
         doubted = doubted[np.argsort(self.clean_prob[doubted], kind="stable")]
         expected = np.cumsum(self.clean_prob[doubted], dtype=np.float64) / np.arange(1, len(doubted) + 1)  # rising
         found = np.zeros(len(self.given), bool)
@@ -177,6 +183,8 @@ def write_labels(labels: Labels, folder: Path) -> None:
     }
     if labels.true is not None:
         samples["true_label"] = named(labels.true)
+    if labels.reviewed is not None:
+        samples["review"] = pa.DictionaryArray.from_arrays(pa.array(_kind_of_review(labels), pa.int32()), REVIEWS)
     table = pa.table(samples)
     issues = table.take(labels.order)
     for column in [field.name for field in table.schema if pa.types.is_dictionary(field.type)]:
@@ -193,6 +201,13 @@ def write_labels(labels: Labels, folder: Path) -> None:
     # A millionth is far below what the estimate resolves; nan becomes an empty cell.
     shares = [pa.array(column, from_pandas=True) for column in labels.corruption.T.round(6)]
     _write_csv(pa.table([names, *shares], names=["true_class", *labels.classes]), folder / "corruption.csv")
+
+
+def _kind_of_review(labels: Labels) -> np.ndarray:  # [N] int64, into REVIEWS
+    kind = np.where(labels.reviewed == labels.given, 1, 2)
+    kind[labels.reviewed == NOT_REVIEWED] = 0
+    kind[labels.reviewed == DROPPED] = 3
+    return kind
 
 
 def _write_csv(table: pa.Table, path: Path) -> None:
@@ -213,6 +228,11 @@ def read_labels(folder: Path) -> Labels:
         def classes(column: str) -> np.ndarray:  # [N] int64
             return pc.index_in(table[column].cast(pa.string()), value_set=names).to_numpy().astype(np.int64)
 
+        reviewed = None
+        if "review" in table.column_names:
+            kind = pc.index_in(table["review"].cast(pa.string()), value_set=REVIEWS).to_numpy()
+            decided = classes("suggested_label")  # what a person decided on is what the run suggests
+            reviewed = np.choose(kind, [NOT_REVIEWED, decided, decided, DROPPED])
         return Labels(
             root=Path(origin["root"]),
             files=table["file_name"].to_numpy().astype(str),
@@ -226,6 +246,7 @@ def read_labels(folder: Path) -> Labels:
             networks_agree=table["networks_agree"].to_numpy(),
             times_suspected=table["times_suspected"].to_numpy(),
             posterior_sum=np.array(shares, np.float64),
+            reviewed=reviewed,
         )
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowInvalid) as error:
         reason = " ".join(str(error).split())

@@ -1,4 +1,7 @@
-"""The command line: train, report, labels, predict, evaluate, data, config, doctor. Heavy imports stay inside these."""
+"""The command line: train, report, review, labels, predict, evaluate, data, config, doctor.
+
+Heavy imports stay inside the functions.
+"""
 
 import argparse
 import os
@@ -85,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("-o", metavar="FILE", help="the page (default: RUN/report.html; of several: comparison.html)")
     report.add_argument("--images", metavar="DIR", help="where the images lie now, if they have moved since")
     report.set_defaults(run=_report)
+
+    review = commands.add_parser("review", parents=[common], help="a page on which to decide which labels are right")
+    review.add_argument("reviewed", metavar="RUN", help="the folder of a finished run")
+    review.add_argument("--port", type=int, default=0, metavar="N", help="of the page (default: any free one)")
+    review.set_defaults(run=_review)
 
     labels = commands.add_parser("labels", help="suspects to a reviewing tool, and its answers back")
     actions = labels.add_subparsers(required=True, metavar="action")
@@ -188,6 +196,12 @@ def _report(args: argparse.Namespace) -> None:
     if images and not images.is_dir():
         raise BadInput(f"--images {images}: is not a folder")
     print(report.write([Path(run) for run in args.runs], _path(args.o), images))
+
+
+def _review(args: argparse.Namespace) -> None:
+    from flywheel_fast import review
+
+    review.serve(Path(args.reviewed), args.port)
 
 
 def _labels_export(args: argparse.Namespace) -> None:

@@ -147,14 +147,16 @@ class Cycle:
 
     def main_estep(self, loader) -> None:
         """Step 1: w_i, the probability that a label is clean, by Bayes' rule from g, gamma and eps_i."""
-        same = torch.zeros((), dtype=torch.int64, device=self.state.labels.device)
+        same, seen = torch.zeros((), dtype=torch.int64, device=self.state.labels.device), 0
         for index, (clean,) in self._batches(loader.sweep()):
             with self.clock("infer"):
                 logits = self.main.predict(clean)
             with self.clock("em"):
                 self.state.main_estep(index, logits)
                 same += (logits.argmax(dim=1) == self.state.resampled_label[index]).sum()
-        self.agreement = same.item() / len(self.state.labels)
+                seen += len(index)
+        self.state.pin()
+        self.agreement = same.item() / seen
 
     def aux_steps(self, loader, epoch: int) -> None:
         """Steps 2 and 3: q_i from w_i and T_c with f as it stood before this step; f learns q on augmented views."""

@@ -12,11 +12,21 @@ RATES = (1e-3, 1 - 1e-6)  # a gamma beyond them would never come back
 MIN_CLASS_MASS = 1e-6  # of the mean prediction; keeps the alignment weight of a dying class finite
 
 
+@dataclass(frozen=True)
+class Reviews:
+    """What people decided, as the E-steps use it."""
+
+    pinned: Tensor  # [K] int64        samples whose label is decided
+    used: Tensor  # [N] bool           not dropped
+    free: Tensor  # [N] bool           neither dropped nor pinned
+    corrected: Tensor  # [C, C] float64  pinned samples with another label than the given one: row decided, column given
+
+
 @dataclass
 class EMState:
     """N samples, C classes; 37 bytes a sample."""
 
-    labels: Tensor  # [N] int64           observed, never overwritten
+    labels: Tensor  # [N] int64           observed, or as reviewed; never overwritten by an estimate
     clean_prob: Tensor  # [N] float32     w: probability that the observed label is right
     eps: Tensor  # [N] float32            likelihood of the observed label under corruption
     resampled_label: Tensor  # [N] int64  argmax of the auxiliary network, for every sample
@@ -28,6 +38,7 @@ class EMState:
     corruption: Tensor  # [C, C] float32  T_c(y, j), diagonal zero, times (1 - gamma_y) / (1 - gamma_j)
     align: Tensor  # [C] float32          observed class share over mean prediction; ones before the first look
     posterior_sum: Tensor  # [C, C] float64   sum of q(y) by observed label j: T_full before it is normalised
+    reviews: Reviews | None = None  # these come with the data, not with a checkpoint
 
     @classmethod
     def start(cls, labels: Tensor, num_classes: int, gamma: float) -> "EMState":
@@ -53,6 +64,33 @@ class EMState:
     def num_classes(self) -> int:
         return len(self.align)
 
+    def review(self, given: Tensor, reviewed: Tensor | None) -> None:
+        """Takes up what people decided: given [N] int64, the data set's labels; reviewed [N] int64, the decided class,
+        -1 where there is none and -2 where the sample is dropped (the loader leaves it out). None: no reviews.
+
+        A decided label is as if it had been observed, and clean for certain: its clean_prob is 1, with which both
+        posteriors are one-hot. gamma and T_c stay those of the given labels.
+        """
+        self.labels, self.reviews = given, None
+        if reviewed is None:
+            return
+        decided = reviewed >= 0
+        self.labels = torch.where(decided, reviewed, given)
+        wrong = decided & (reviewed != given)
+        cells = torch.bincount((reviewed * self.num_classes + given)[wrong], minlength=self.num_classes**2)
+        used = reviewed != -2
+        corrected = cells.view(self.num_classes, self.num_classes).double()
+        self.reviews = Reviews(decided.nonzero()[:, 0], used, used & ~decided, corrected)
+        self.pin()
+
+    def pin(self) -> None:
+        """After each E-step: what it says of decided labels gives way to the decision."""
+        if self.reviews:
+            pinned = self.reviews.pinned
+            self.clean_prob[pinned] = 1
+            self.resampled_label[pinned] = self.suggested_label[pinned] = self.labels[pinned]
+            self.suggested_prob[pinned] = 1
+
     def main_estep(self, index: Tensor, logits: Tensor) -> None:
         """Step 1 for the samples `index` [B] with the main network's logits [B, C]."""
         labels = self.labels[index]
@@ -64,8 +102,11 @@ class EMState:
         self.clean_prob[index] = clean_prob
 
     def update_gamma(self, by_class: bool) -> None:
-        """gamma = mean of w; unless gamma_y are known by class, it is the prior of every label."""
-        self.gamma = self.clean_prob.mean(dtype=torch.float64)
+        """gamma = mean of w where nobody has decided; unless gamma_y are known by class, the prior of every label."""
+        unknown = self.clean_prob[self.reviews.free] if self.reviews else self.clean_prob
+        if not len(unknown):
+            return
+        self.gamma = unknown.mean(dtype=torch.float64)
         if not by_class:
             self.clean_rate = self.gamma.clamp(*RATES).expand(self.num_classes).clone()
 
@@ -138,11 +179,11 @@ class EMState:
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "reviews"}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for field in fields(self):
-            setattr(self, field.name, state[field.name].to(self.labels.device))
+        for name in self.state_dict():
+            setattr(self, name, state[name].to(self.labels.device))
 
 
 class Resampling:
@@ -166,7 +207,11 @@ class Resampling:
     def finish(self, aligned: bool, smoothing: float | None) -> None:
         """T_c(y, j) proportional to smoothing/C + corrupted_sum, rows normalised, diagonal zero, or as it was without a
         smoothing; new alignment."""
-        state, c = self.state, self.state.num_classes
+        state, c, reviews = self.state, self.state.num_classes, self.state.reviews
+        state.pin()
+        if reviews:  # decided labels counted as observed and clean, but it is the given ones that are spoken of
+            self.sums.corrupted_sum.add_(reviews.corrected)
+            self.sums.posterior_sum.add_(reviews.corrected - reviews.corrected.sum(dim=1).diag())
         if smoothing is not None:
             off_diagonal = 1 - torch.eye(c, dtype=torch.float64, device=state.labels.device)
             counts = (self.sums.corrupted_sum + smoothing / c) * off_diagonal
@@ -175,8 +220,9 @@ class Resampling:
         suspected = (state.clean_prob < 0.5) & (state.suggested_label != state.labels)
         state.suspicion = (state.suspicion << 1) | suspected
         if aligned:
-            observed = torch.bincount(state.labels, minlength=c) / len(state.labels)
-            predicted = self.sums.class_sum / len(state.labels)
+            labels = state.labels[reviews.used] if reviews else state.labels
+            observed = torch.bincount(labels, minlength=c) / len(labels)
+            predicted = self.sums.class_sum / len(labels)
             state.align = (observed / predicted.clamp_min(MIN_CLASS_MASS)).float()
 
 

@@ -231,6 +231,19 @@ def picture(path: Path, side: int) -> Image.Image | None:
         return None
 
 
+def thumbnail(path: Path, side: int) -> bytes | None:
+    """The picture as WebP of at most side x side pixels, for pages; None where it cannot be read."""
+    image = picture(path, side)
+    if image is None:
+        return None
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    paper = Image.new("RGBA", image.size, PAPER)
+    paper.alpha_composite(image)
+    content = BytesIO()
+    paper.convert("RGB").save(content, "webp", quality=75, lossless=max(image.size) <= 32)
+    return content.getvalue()
+
+
 def _tile(path: Path) -> Image.Image | None:
     """The picture fitted into a square tile; None where it cannot be read."""
     image = picture(path, TILE)

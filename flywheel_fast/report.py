@@ -216,7 +216,9 @@ def _heat(matrix: np.ndarray) -> str:
     pixels = np.empty((*matrix.shape, 4), np.uint8)
     pixels[..., :3] = 0x1F, 0x7A, 0xE0
     pixels[..., 3] = np.round(depth * 15) * 17  # sixteen shades keep the file small
-    return _data_uri(Image.fromarray(pixels), "png")
+    content = BytesIO()
+    Image.fromarray(pixels).save(content, "png")
+    return _data_uri(content.getvalue(), "png")
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -245,19 +247,12 @@ def _gallery(labels: Labels) -> tuple[list[dict], list[str]]:
 
 
 def _thumbnail(path: Path) -> str | None:
-    image = plots.picture(path, SIDE)
-    if image is None:
-        return None
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    paper = Image.new("RGBA", image.size, plots.PAPER)
-    paper.alpha_composite(image)
-    return _data_uri(paper.convert("RGB"), "webp", quality=75, lossless=max(image.size) <= 32)
+    picture = plots.thumbnail(path, SIDE)
+    return None if picture is None else _data_uri(picture, "webp")
 
 
-def _data_uri(image: Image.Image, form: str, **options) -> str:
-    content = BytesIO()
-    image.save(content, form, **options)
-    return f"data:image/{form};base64,{base64.b64encode(content.getbuffer()).decode()}"
+def _data_uri(content: bytes, form: str) -> str:
+    return f"data:image/{form};base64,{base64.b64encode(content).decode()}"
 
 
 def _duplicates(labels: Labels, most: int = 50) -> dict:

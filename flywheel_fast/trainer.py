@@ -5,7 +5,7 @@ import io
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,8 @@ from torch import Tensor
 from flywheel_fast import audit, checkpoint, env, models, ops, plots, run_folder
 from flywheel_fast import config as configs
 from flywheel_fast.cycle import Cycle, CycleConfig
-from flywheel_fast.data import noise, sources
-from flywheel_fast.data.manifest import Manifest
+from flywheel_fast.data import noise, reviews, sources
+from flywheel_fast.data.manifest import DROPPED, Manifest
 from flywheel_fast.data.pipelines import Loader, ViewsConfig
 from flywheel_fast.em import EMState
 from flywheel_fast.errors import BadInput, Failure
@@ -27,7 +27,7 @@ from flywheel_fast.screen import Screen
 PHASES = ("data", "infer", "train", "em", "eval", "save")
 MEASURES = (
     *("test_acc_main", "test_acc_aux", "gamma", "true_clean", "selection_auroc", "refurbish_acc"),
-    *("classes_alive", "agreement", "selection_ap", "posterior_acc"),
+    *("classes_alive", "agreement", "selection_ap", "posterior_acc", "reviewed"),
 )
 COLUMNS = (
     *("cycle", *MEASURES, "loss_main", "loss_aux", "lr"),
@@ -35,6 +35,7 @@ COLUMNS = (
 )
 # Between a run and its resumption; moved data are recognised by their files and labels.
 MAY_CHANGE = {"name", "eval_every", "optim.epochs", "data.root", "data.noise.file", "data.threads", "data.cache_gb"}
+MAY_CHANGE |= {"data.reviews"}
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,21 @@ class Trainer:
     """Everything of one run in the folder `out`; `resume` restores its last checkpoint."""
 
     def __init__(self, config: Config, out: Path, resume: bool = False):
-        self.config, self.out = config, out
-        self.screen = Screen(out / run_folder.LOG)
+        self.out, self.screen = out, Screen(out / run_folder.LOG)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.train_set, self.test_set, self.noisy_labels = sources.load(config.data)
+        self.reviews = reviews.summary(Path(config.data.reviews)) if config.data.reviews else None
+        saved = checkpoint.load(out / run_folder.CHECKPOINT) if resume else None
+        self.config = self._with_time_for_reviews(config, saved) if saved else config
         self.loader = self._loader(self.train_set)
         self.test_loader = self._loader(self.test_set) if self.test_set else None
         self.cycle = self._assemble()
         self.history: list[dict] = []  # a row an epoch, as in metrics.csv
         self.warned: set[str] = set()
-        if resume:
-            self._restore()
-        self.config_text = configs.dump(config)
+        if saved:
+            self._restore(saved)
+        self._review()
+        self.config_text = configs.dump(self.config)
 
     def run(self) -> None:
         config, cycle, n = self.config, self.cycle, len(self.train_set.labels)
@@ -111,9 +115,28 @@ class Trainer:
         labels = torch.as_tensor(self.train_set.labels, device=self.device)
         return Cycle(config.cycle, main, aux, EMState.start(labels, num_classes, config.cycle.gamma))
 
-    def _restore(self) -> None:
+    def _with_time_for_reviews(self, config: Config, saved: dict) -> Config:
+        """A run that has ended learns what was reviewed since in a quarter more epochs: there a cosine schedule, drawn
+        out to the new end, stands at a tenth of its peak."""
+        done = len(saved["history"])
+        if done < config.optim.epochs or self._reviews_digest() == saved.get("reviews"):
+            return config
+        more = max(round(done / 4), 1)
+        self.screen.say(f"reviews have changed since epoch {done}: {more} more epochs (optim.epochs sets their number)")
+        return replace(config, optim=replace(config.optim, epochs=done + more))
+
+    def _reviews_digest(self) -> str | None:
+        reviewed = self.train_set.reviewed
+        return None if reviewed is None else noise.digest(reviewed)
+
+    def _review(self) -> None:
+        given, reviewed = self.train_set.labels, self.train_set.reviewed
+        given = torch.as_tensor(given, device=self.device)
+        reviewed = None if reviewed is None else torch.as_tensor(reviewed, device=self.device)
+        self.cycle.state.review(given, reviewed)
+
+    def _restore(self, saved: dict) -> None:
         path = self.out / run_folder.CHECKPOINT
-        saved = checkpoint.load(path)
         changed = set(configs.difference(saved["config"], configs.as_dict(self.config))) - MAY_CHANGE
         if changed:
             raise BadInput(
@@ -148,6 +171,11 @@ class Trainer:
             checkpoint.write_atomic(self.out / "noise.npz", buffer.getvalue())
             digest = noise.digest(self.noisy_labels)[:16]
             self.screen.say(f"{config.data.noise.kind} noise, saved as noise.npz, sha256 {digest}")
+        if train_set.reviewed is not None:
+            pinned, dropped = self._reviewed()
+            self.screen.say(
+                f"{pinned:,} labels are pinned by review, {dropped:,} images dropped ({config.data.reviews})"
+            )
         if why_not := ops.why_not_native(self.device):
             self.screen.say(f"native ops {why_not}. The E-step runs on the PyTorch reference")
         if self.history:
@@ -170,11 +198,14 @@ class Trainer:
             if self.test_loader and (last or (epoch + 1) % self.config.eval_every == 0):
                 row |= self._accuracy()
             true = self.train_set.true_labels
+            if self.train_set.reviewed is not None:
+                row["reviewed"] = sum(self._reviewed())
             if true is not None:
                 row["true_clean"] = float(np.mean(true == self.train_set.labels))
             if cycle.cycling(epoch):
                 alive = cycle.state.num_classes - len(cycle.state.merged_classes())
-                row |= {"gamma": cycle.state.gamma.item(), "classes_alive": alive, "agreement": cycle.agreement}
+                gamma = self._given_clean_prob().mean(dtype=torch.float64).item()  # of all, decided ones too
+                row |= {"gamma": gamma, "classes_alive": alive, "agreement": cycle.agreement}
                 if true is not None:
                     row |= self._quality(true)
         return row
@@ -191,7 +222,8 @@ class Trainer:
 
     def _quality(self, true: np.ndarray) -> dict:
         state = self.cycle.state
-        auroc, average_precision = audit.selection_quality(state.clean_prob.cpu().numpy(), self.train_set.labels, true)
+        clean_prob = self._given_clean_prob().cpu().numpy()
+        auroc, average_precision = audit.selection_quality(clean_prob, self.train_set.labels, true)
         found = {
             "selection_auroc": auroc,
             "selection_ap": average_precision,
@@ -200,6 +232,19 @@ class Trainer:
         }
         return {name: value for name, value in found.items() if not np.isnan(value)}  # all labels right, or all wrong
 
+    def _given_clean_prob(self) -> Tensor:  # [N] float32
+        """Probability that the given label is right; 0 where a review says another."""
+        state, reviewed = self.cycle.state, self.train_set.reviewed
+        if reviewed is None:
+            return state.clean_prob
+        given = torch.as_tensor(self.train_set.labels, device=self.device)
+        return torch.where(state.labels == given, state.clean_prob, 0)
+
+    def _reviewed(self) -> tuple[int, int]:
+        """Labels pinned and images dropped."""
+        reviewed = self.train_set.reviewed
+        return int(np.count_nonzero(reviewed >= 0)), int(np.count_nonzero(reviewed == DROPPED))
+
     def _save(self) -> None:
         start = time.perf_counter()
         row = self.history[-1]
@@ -207,6 +252,7 @@ class Trainer:
         state = {
             "config": configs.as_dict(self.config),
             "labels": self.train_set.digest,
+            "reviews": self._reviews_digest(),
             "cycle": self.cycle.state_dict(),
             "generator": torch.get_rng_state(),
             "cuda_generators": torch.cuda.get_rng_state_all(),
@@ -262,13 +308,14 @@ class Trainer:
             classes=train_set.classes,
             given=train_set.labels,
             true=train_set.true_labels,
-            clean_prob=state.clean_prob.cpu().numpy(),
+            clean_prob=self._given_clean_prob().cpu().numpy(),
             suggested=state.suggested_label.cpu().numpy(),
             suggested_prob=state.suggested_prob.cpu().numpy(),
             entropy=entropy.cpu().numpy(),
             networks_agree=agree.cpu().numpy(),
             times_suspected=np.unpackbits(suspicion[:, None], axis=1).sum(axis=1, dtype=np.uint8),
             posterior_sum=state.posterior_sum.cpu().numpy(),
+            reviewed=train_set.reviewed,
         )
 
     def _last_look(self) -> tuple[Tensor, Tensor]:
@@ -296,6 +343,7 @@ class Trainer:
             "seconds": round(sum(_seconds(row) for row in self.history), 1),
             "noise_sha256": noise.digest(self.noisy_labels),
             "merged": {names[gone]: names[into] for gone, into in self.cycle.state.merged_classes()},
+            **({"reviews": self.reviews} if self.reviews else {}),
         }
 
     def _result(self, labels: audit.Labels | None) -> list[tuple[str, str]]:

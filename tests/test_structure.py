@@ -12,14 +12,14 @@ FLOORS = [  # a module may import from floors below its own, and from the rooms 
     {"ops"},
     {"em", "losses", "models", "learner", "env"}
     | {"data.manifest", "data.order", "data.pickles"}
-    | {"data.noise", "data.noise_files"},
+    | {"data.noise", "data.noise_files", "data.reviews"},
     {"data.sources.folders", "data.sources.tables", "data.sources.lists", "data.sources.arrays"}
     | {"data.sources.shards", "data.sources.cache"},
     {"data.sources.__init__", "data.fixtures"},
     {"cycle", "data.pipelines", "checkpoint", "run_folder", "screen"},
     {"audit", "doctor", "data.check"},
     {"plots", "charts", "labels"},
-    {"report", "trainer"},
+    {"report", "review", "trainer"},
     {"predict"},
     {"cli"},
     {"__main__"},
@@ -28,6 +28,7 @@ BESIDE = {
     ("data.noise", "data.manifest"),
     ("data.noise", "data.noise_files"),
     ("data.noise_files", "data.manifest"),
+    ("data.reviews", "data.manifest"),
     ("data.noise_files", "data.pickles"),
     *((f"data.sources.{family}", "data.sources.folders") for family in ("tables", "lists", "arrays", "shards")),
     *((f"data.sources.{family}", "data.sources.cache") for family in ("arrays", "shards")),

@@ -15,6 +15,8 @@ from pyarrow import compute
 
 from flywheel_fast.errors import BadInput
 
+NOT_REVIEWED, DROPPED = -1, -2  # beside the classes in Manifest.reviewed
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -23,6 +25,7 @@ class Manifest:
     labels: np.ndarray  # [N] int64, observed
     classes: tuple[str, ...]
     true_labels: np.ndarray | None = None  # [N] int64
+    reviewed: np.ndarray | None = None  # [N] int64, the class that a person decided on, NOT_REVIEWED or DROPPED
 
     def __post_init__(self):
         object.__setattr__(self, "files", np.asarray(self.files, dtype=object))  # a fifth of the memory of a str array
@@ -31,12 +34,12 @@ class Manifest:
         return len(self.labels)
 
     def subset(self, index: np.ndarray) -> "Manifest":
-        true = None if self.true_labels is None else self.true_labels[index]
-        return replace(self, files=self.files[index], labels=self.labels[index], true_labels=true)
+        true, reviewed = (None if of is None else of[index] for of in (self.true_labels, self.reviewed))
+        return replace(self, files=self.files[index], labels=self.labels[index], true_labels=true, reviewed=reviewed)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of files, labels and class names: equal digests mean equal training sets."""
+        """SHA-256 of files, given labels and class names: equal digests mean equal training sets, reviews apart."""
         sha = hashlib.sha256("\0".join(self.classes).encode())
         for at in range(0, len(self), 100_000):
             sha.update(("\0" * (at > 0) + "\0".join(self.files[at : at + 100_000].tolist())).encode())

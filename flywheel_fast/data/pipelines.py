@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flywheel_fast.data.manifest import Manifest
+from flywheel_fast.data.manifest import DROPPED, Manifest
 from flywheel_fast.data.order import epoch_order
 from flywheel_fast.errors import BadInput
 
@@ -67,7 +67,8 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Batches of one manifest. Images that fit into `cache_gb` are decoded once and stay in memory as uint8."""
+    """Batches of one manifest, without what a review dropped. Images that fit into `cache_gb` are decoded once and stay
+    in memory as uint8."""
 
     def __init__(
         self,
@@ -83,6 +84,7 @@ class Loader:
     ):
         self.manifest, self.views, self.batch_size, self.seed = manifest, views, batch_size, seed
         self.device, self.threads, self.rank, self.world = torch.device(device), threads, rank, world
+        self.used = None if manifest.reviewed is None else manifest.reviewed != DROPPED  # [N] bool
         self.graphs: dict[tuple[str, ...], bytes] = {}  # by their views, none for those that only decode
         self.cache: np.ndarray | None = None  # [N, H + 2 pad, W + 2 pad, 3] uint8
         if views.crop == "pad" and 3 * (views.image_size + 2 * views.pad) ** 2 * len(manifest) <= cache_gb * 1e9:
@@ -90,18 +92,21 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches of an epoch, on this rank."""
-        own = len(range(self.rank, len(self.manifest), self.world))
-        return -(-own // self.batch_size)
+        return -(-len(self._used(np.arange(self.rank, len(self.manifest), self.world))) // self.batch_size)
 
     def epoch(self, epoch: int, views: tuple[str, ...] = ("weak", "strong")) -> Iterator[Batch]:
         """Every sample of this rank once, shuffled; the last batch may be short."""
-        order = epoch_order(len(self.manifest), self.seed, epoch, self.rank, self.world)
+        order = self._used(epoch_order(len(self.manifest), self.seed, epoch, self.rank, self.world))
         seed = int(np.random.SeedSequence((self.seed, epoch, self.rank)).generate_state(1)[0]) & 0x7FFFFFFF
         return self._batches(order, self.batch_size, views, seed)
 
     def sweep(self) -> Iterator[Batch]:
         """The clean view of every sample of this rank once, in order, in larger batches."""
-        return self._batches(np.arange(self.rank, len(self.manifest), self.world), SWEEP_BATCH, ("clean",), seed=0)
+        order = self._used(np.arange(self.rank, len(self.manifest), self.world))
+        return self._batches(order, SWEEP_BATCH, ("clean",), seed=0)
+
+    def _used(self, order: np.ndarray) -> np.ndarray:
+        return order if self.used is None else order[self.used[order]]
 
     def _batches(self, order: np.ndarray, batch_size: int, views: tuple[str, ...], seed: int) -> Iterator[Batch]:
         pieces = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]

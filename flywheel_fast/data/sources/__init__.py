@@ -1,14 +1,14 @@
 """From a source, as it was published or as a user has it, to manifests of the training and the test split."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from flywheel_fast.data import noise
-from flywheel_fast.data.manifest import Manifest, missing, read_table
+from flywheel_fast.data import noise, reviews
+from flywheel_fast.data.manifest import DROPPED, Manifest, missing, read_table
 from flywheel_fast.data.noise import NoiseConfig
 from flywheel_fast.data.sources import arrays, folders, lists, shards, tables
 from flywheel_fast.errors import BadInput
@@ -49,6 +49,9 @@ class DataConfig:
     """The folder, or the table (its paths are relative to it)."""
     skip: str | None = None
     """A table of files to leave out, such as the bad_files.csv that `flywheel-fast data check` writes."""
+    reviews: str | None = None
+    """The reviews.csv that `flywheel-fast review` writes: labels that people decided on are pinned, dropped images left
+    out."""
     train_size: int | None = None
     """Train on a seeded subset of this many samples, equally many of each class of the source."""
     imbalance: float = 1.0
@@ -100,6 +103,8 @@ def load(config: DataConfig, present: bool = True) -> Data:
     noisy = noise.apply(train.labels, train.classes, config.noise, train.root, train.files)
     if config.noise.kind != "none":
         train = Manifest(train.root, train.files, noisy, train.classes, true_labels=source_labels)
+    if config.reviews:
+        train = replace(train, reviewed=reviews.of_manifest(Path(config.reviews), train))
     if test is None:
         aside = _set_aside(source, config)
         test, train, source_labels = source.subset(aside), train.subset(~aside), source_labels[~aside]
@@ -113,6 +118,8 @@ def load(config: DataConfig, present: bool = True) -> Data:
         train = train.subset(_long_tailed(source_labels, len(train.classes), config.imbalance, config.seed))
     if config.test_size:
         test = test.subset(_balanced(test.labels, test.classes, config.test_size, config.seed, "data.test_size"))
+    if train.reviewed is not None and np.all(train.reviewed == DROPPED):
+        raise BadInput(f"data.reviews {config.reviews}: drops every training image; nothing would be left")
     if present:
         for manifest in (train, test):
             gone = absent(manifest, config)

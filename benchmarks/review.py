@@ -1,0 +1,138 @@
+"""What reviewing buys: digits with wrong labels, a part of them reviewed by someone who knows the truth, trained on.
+
+    python -m benchmarks.review
+
+Accuracy and AUROC when 0, 1, 5 and 10 % of the labels have been reviewed, in the order of `flywheel-fast review` and at
+random, each from the same finished run. Rows go to results/review.csv, the table of means to results/review.md.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import itertools
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from flywheel_fast import audit, config, review
+from flywheel_fast.checkpoint import write_atomic
+from flywheel_fast.data import reviews
+from flywheel_fast.data.reviews import Review
+from flywheel_fast.trainer import Config, Trainer
+
+RESULTS = Path("benchmarks/results")
+SHARES = (0.0, 0.01, 0.05, 0.1)
+NOISES = {
+    "symmetric .8": ("data.noise.kind=symmetric", "data.noise.rate=0.8"),
+    "pair .4": ("data.noise.kind=pair", "data.noise.rate=0.4"),
+}
+ORDERS = ("review", "random")
+FIELDS = (
+    *("noise", "seed", "order", "share", "reviewed", "wrong_found"),
+    *("test_acc_aux", "selection_auroc", "auroc_of_the_rest", "posterior_acc"),
+)
+
+
+def order(labels: audit.Labels, name: str, seed: int) -> np.ndarray:  # [N] int64
+    if name == "random":
+        return np.random.default_rng(seed).permutation(len(labels.given))
+    return np.concatenate(review.sheets(labels))
+
+
+def answers(labels: audit.Labels, samples: np.ndarray) -> list[Review]:  # samples [K] int64
+    """What someone who knows the true labels decides."""
+    found = []
+    for i in samples:
+        given, suggested, true = (labels.classes[of[i]] for of in (labels.given, labels.suggested, labels.true))
+        decision = "keep" if true == given else "accept" if true == suggested else "pick"
+        found.append(Review(str(labels.files[i]), decision, true, given, suggested, float(labels.clean_prob[i])))
+    return found
+
+
+def write(path: Path, found: list[Review]) -> None:
+    header = (",".join(reviews.COLUMNS) + "\n").encode()
+    write_atomic(path, header + b"".join(map(reviews.as_line, found)))
+
+
+def trained(folder: Path, resume: bool, words: list[str]) -> dict:
+    """The last row of the run in `folder`, which it is told of in silence."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        name = str(folder / "config.yaml") if resume else "digits"
+        trainer = Trainer(config.load(Config, name, words), folder, resume)
+        trainer.run()
+    return trainer.history[-1]
+
+
+def measure(noise: str, seed: int, words: list[str], shares: tuple[float, ...], scratch: Path) -> list[dict]:
+    """A row for each order and share."""
+    base = scratch / "base"
+    base.mkdir(parents=True)
+    trained(base, False, [*NOISES[noise], f"seed={seed}", f"data.noise.seed={seed}", *words])
+    before = audit.read_labels(base / "labels")
+    wrong, rows = before.given != before.true, []
+    for name, share in itertools.product(ORDERS, shares):
+        if share == 0 and name != ORDERS[0]:
+            rows.append(rows[0] | {"order": name})  # nothing is reviewed in either order
+            continue
+        samples = order(before, name, seed)[: round(share * len(before.given))]
+        folder = scratch / f"{name}-{share}"
+        shutil.copytree(base, folder)
+        write(folder / "reviews.csv", answers(before, samples))
+        last = trained(folder, True, [f"data.reviews={folder / 'reviews.csv'}"])
+        rest = np.setdiff1d(np.arange(len(wrong)), samples)
+        after = audit.read_labels(folder / "labels").clean_prob
+        of_rest, _ = audit.selection_quality(after[rest], before.given[rest], before.true[rest])
+        rows.append(
+            {"noise": noise, "seed": seed, "order": name, "share": share, "reviewed": len(samples)}
+            | {"wrong_found": int(wrong[samples].sum()), "auroc_of_the_rest": of_rest}
+            | {field: last[field] for field in ("test_acc_aux", "selection_auroc", "posterior_acc")}
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Means over seeds, ± the standard deviation."""
+    head = ("noise", "reviewed", "order", "accuracy", "AUROC", "of the rest", "labels right", "wrong ones found")
+    lines = [head, ("---",) * len(head)]
+    columns = ("test_acc_aux", "selection_auroc", "auroc_of_the_rest", "posterior_acc")
+    cells = sorted({(row["noise"], float(row["share"]), row["order"]) for row in rows}, reverse=False)
+    for noise, share, name in cells:
+        if share == 0 and name != ORDERS[0]:
+            continue
+        same = [row for row in rows if (row["noise"], float(row["share"]), row["order"]) == (noise, share, name)]
+        means = [_mean([float(row[column]) for row in same]) for column in columns]
+        found = sum(int(row["wrong_found"]) for row in same) / max(sum(int(row["reviewed"]) for row in same), 1)
+        lines.append((noise, f"{share:.0%}", name if share else "–", *means, f"{found:.0%}" if share else "–"))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _mean(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds of noise and training (3)")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="changes to the config `digits`")
+    args = parser.parse_args()
+    rows = []
+    for noise, seed in itertools.product(NOISES, range(args.seeds)):
+        with tempfile.TemporaryDirectory() as scratch:
+            rows += measure(noise, seed, args.words, SHARES, Path(scratch))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(RESULTS / "review.csv", text.getvalue().encode())
+        write_atomic(RESULTS / "review.md", table(rows).encode())
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
