@@ -22,6 +22,12 @@ from flywheel_fast.errors import BadInput
 
 MARK = '<meta name="generator" content="flywheel-fast report">'  # a file without it is not replaced
 SIDE, PICTURES, PICTURE_BYTES = 96, 480, 3_000_000  # pixels of a thumbnail; the most of them, and of their bytes
+REVIEWED = {  # what may change by a review, and its column
+    "test accuracy, auxiliary": "test_acc_aux",
+    "test accuracy, main": "test_acc_main",
+    "wrong labels told from right (AUROC)": "selection_auroc",
+    "labels right after refurbishing": "refurbish_acc",
+}
 CELLS = 20  # up to so many classes the corruption matrix is a table, above it a picture
 
 
@@ -106,6 +112,7 @@ def _single(run: Run) -> dict:
         ],
         "accuracy": run.result.get(f"test_acc_{used}"),
         "merged": run.result["merged"],
+        "reviewed": _reviewed(run),
         "differences": {},
         "found": _found(run.labels) if run.labels else None,
     }
@@ -124,6 +131,23 @@ def _measured(run: Run, column: str) -> tuple[np.ndarray, np.ndarray]:
     """Epochs [K] and values [K] where the column is known."""
     seen = np.isfinite(run.metrics[column])
     return run.metrics["cycle"][seen], run.metrics[column][seen]
+
+
+def _reviewed(run: Run) -> dict | None:
+    """What people decided, and (name, before, after) of what the run measured before it knew and at its end."""
+    if "reviews" not in run.result:
+        return None
+    known = np.nan_to_num(run.metrics.get("reviewed", np.zeros(len(run.metrics["cycle"]))))
+    before = np.flatnonzero(known < known[-1])  # epochs
+
+    def last(column: str, epochs: np.ndarray | slice) -> float | None:
+        values = run.metrics[column][epochs] if column in run.metrics else np.empty(0)
+        values = values[np.isfinite(values)]
+        return float(values[-1]) if len(values) else None
+
+    rows = [(name, last(column, before), last(column, slice(None))) for name, column in REVIEWED.items()]
+    changes = [row for row in rows if None not in row] if len(before) else []
+    return run.result["reviews"] | {"changes": changes, "epochs": len(known) - len(before)}
 
 
 def _found(labels: Labels) -> dict:
@@ -310,6 +334,7 @@ def _comparison(runs: list[Run]) -> dict:
         ],
         "differences": {key: [_value(config, key) for config in loaded] for key in keys},
         "merged": {},
+        "reviewed": None,
         "found": None,
         "best": max((known for known in accuracy if known[0] is not None), default=None),
         "matrices": [(run.name, _matrices(run.labels)) for run in runs if run.labels],

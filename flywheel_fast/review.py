@@ -107,12 +107,10 @@ class Reviewing:
     def decide(self, sample: int, decision: str, label: int | None) -> tuple[str, int | None]:
         """Appends the decision; returns it with the class that it names. Raises ValueError where there is no such."""
         names, of = self.labels.classes, self.labels
-        if (
-            type(sample) is not int
-            or not 0 <= sample < len(of.given)
-            or decision not in ("keep", "accept", "pick", "drop", "unsure")
-        ):
-            raise ValueError("no such sample or decision")
+        if type(sample) is not int or not 0 <= sample < len(of.given):
+            raise ValueError("no such sample")
+        if decision not in reviews.DECISIONS:
+            raise ValueError("no such decision")
         given, suggested = int(of.given[sample]), int(of.suggested[sample])
         if decision in reviews.LABELLING:
             label = {"keep": given, "accept": suggested}.get(decision, label)

@@ -122,7 +122,7 @@ class Trainer:
         if done < config.optim.epochs or self._reviews_digest() == saved.get("reviews"):
             return config
         more = max(round(done / 4), 1)
-        self.screen.say(f"reviews have changed since epoch {done}: {more} more epochs (optim.epochs sets their number)")
+        self.screen.say(f"reviews have changed since: going on to epoch {done + more} (optim.epochs sets another end)")
         return replace(config, optim=replace(config.optim, epochs=done + more))
 
     def _reviews_digest(self) -> str | None:
@@ -173,9 +173,7 @@ class Trainer:
             self.screen.say(f"{config.data.noise.kind} noise, saved as noise.npz, sha256 {digest}")
         if train_set.reviewed is not None:
             pinned, dropped = self._reviewed()
-            self.screen.say(
-                f"{pinned:,} labels are pinned by review, {dropped:,} images dropped ({config.data.reviews})"
-            )
+            self.screen.say(f"{config.data.reviews}: {pinned:,} labels are pinned, {dropped:,} images dropped")
         if why_not := ops.why_not_native(self.device):
             self.screen.say(f"native ops {why_not}. The E-step runs on the PyTorch reference")
         if self.history:

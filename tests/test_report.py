@@ -107,6 +107,25 @@ def test_a_run_with_known_truth(tmp_path):
     assert len(page.of("svg")) == 6
 
 
+def test_what_was_reviewed_and_what_it_changed(tmp_path):
+    head, *lines = METRICS.splitlines()
+
+    def with_reviewed(*counts):
+        rows = [f"{line},{count}" for line, count in zip(lines, counts, strict=True)]
+        return "\n".join([f"{head},reviewed", *rows]) + "\n"
+
+    said = {"decisions": {"keep": 9, "accept": 1030, "drop": 1}, "given_right": 0.25, "given_right_expected": 0.125}
+    page = page_of(make_run(tmp_path / "run", drawn(60, 3, tmp_path), with_reviewed("", "", 40), reviews=said))
+    assert "1,040 decisions: 9 labels kept, 1,030 changed to the suggestion, 0 to another class" in page.said()
+    assert "25.0% of the labels that were decided on had been right as given" in page.said()
+    assert "12.5% expect" in page.said()
+    assert "test accuracy, auxiliary 0.7500 0.9000" in page.said() and "after 1 epochs" in page.said()
+    unsure = {"decisions": {"unsure": 2}}
+    page = page_of(make_run(tmp_path / "fresh", drawn(60, 3, tmp_path), with_reviewed(40, 40, 40), reviews=unsure))
+    assert "2 decisions" in page.said() and "2 left open" in page.said() and "0.7500" not in page.said()
+    assert "How right the suspicion was" not in page.said()
+
+
 def test_the_command_writes_the_page_beside_the_run_and_says_where(tmp_path, capsys):
     run = make_run(tmp_path / "run", drawn(60, 3, tmp_path))
     assert cli.main(["report", str(run)]) == 0
