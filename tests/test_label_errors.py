@@ -17,7 +17,7 @@ WORDS = ["data.noise.kind=symmetric", "data.noise.rate=0.4", "data.train_size=20
 @pytest.fixture
 def plan(tmp_path):
     path = tmp_path / "plan.yaml"
-    words = [*WORDS, "optim.epochs=3", "cycle.warmup=1"]
+    words = [*WORDS, "optim.epochs=2", "cycle.warmup=1"]
     tasks = {"digits": {"config": "digits", "words": words}}
     path.write_text(yaml.safe_dump({"defaults": ["eval_every=1000"], "seeds": [0], "tasks": tasks}))
     return path
@@ -45,15 +45,25 @@ def test_a_row_for_each_ranking_and_each_once(plan, tmp_path, capsys, monkeypatc
 
 
 def test_probabilities_are_out_of_sample(plan, monkeypatch):
-    (task,) = label_errors.read_plan(plan, ["data.noise.rate=0", "optim.epochs=12", "optim.batch_size=16"], threads=1)
-    train_set = sources.load(task.config.data).train
+    (task,) = label_errors.read_plan(
+        plan, ["data.noise.rate=0", "optim.epochs=4", "optim.batch_size=16", "optim.ema_decay=0"], threads=1
+    )
+    train_set, read = sources.load(task.config.data).train, []
+
+    class Recording(label_errors.Loader):
+        def __init__(self, manifest, *args):
+            read.append(set(manifest.files))
+            super().__init__(manifest, *args)
+
+    monkeypatch.setattr(label_errors, "Loader", Recording)
     probabilities = label_errors.out_of_sample(task.config, train_set)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
-    assert np.mean(probabilities.argmax(axis=1) == train_set.labels) > 0.5
-    scrambled = train_set.subset(np.arange(200))
-    scrambled.labels[:] = np.random.default_rng(0).integers(10, size=200)
-    learnt = label_errors.out_of_sample(task.config, scrambled).argmax(axis=1) == scrambled.labels
-    assert learnt.mean() < 0.25  # labels of chance can be learnt by heart, and by that alone
+    assert np.mean(probabilities.argmax(axis=1) == train_set.labels) > 0.2
+    learnt, looked_at = read[::2], read[1::2]
+    assert len(learnt) == 5 and all(
+        part | other == set(train_set.files) for part, other in zip(learnt, looked_at, strict=True)
+    )
+    assert not any(part & other for part, other in zip(learnt, looked_at, strict=True))
 
 
 @pytest.mark.parametrize("epochs", [6, 20, 36, 60])
