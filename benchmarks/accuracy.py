@@ -227,11 +227,11 @@ def describe(run: Run, config: Config, folder: Path, threads: int, jobs: int) ->
     }
 
 
-def append(path: Path, row: dict) -> None:
+def append(path: Path, row: dict, fields: tuple[str, ...] = FIELDS) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, restval="")
+        writer = csv.DictWriter(file, fields, restval="")
         if new:
             writer.writeheader()
         writer.writerow(row)

@@ -79,7 +79,7 @@ def table(plan: Path, found: Found) -> str:
         if rows := list(of_seed.values()):
             share = _share(found, task, noise, method)
             body.append((task, noise, method, share, *(column(rows) for column in COLUMNS.values())))
-    return TEXT.format(plan=plan, name=plan.name, gap=SMALL_GAP, head=_markdown(head), body=_markdown(body))
+    return TEXT.format(plan=plan, name=plan.name, gap=SMALL_GAP, head=markdown(head), body=markdown(body))
 
 
 def _share(found: Found, task: str, noise: str, method: str) -> str:
@@ -89,7 +89,7 @@ def _share(found: Found, task: str, noise: str, method: str) -> str:
     return "–" if gap is None else f"{gap:.0%}"
 
 
-def _markdown(lines: list[tuple]) -> str:
+def markdown(lines: list[tuple]) -> str:
     lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 

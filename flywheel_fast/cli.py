@@ -1,4 +1,4 @@
-"""The command line: train, report, review, labels, predict, evaluate, data, config, doctor.
+"""The command line: train, report, review, labels, predict, evaluate, export, data, config, doctor.
 
 Heavy imports stay inside the functions.
 """
@@ -12,6 +12,7 @@ from flywheel_fast.errors import BadInput, Failure
 
 EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 FORMATS = ("csv", "label-studio", "cvat", "fiftyone", "folder")
+EXPORTS = ("onnx", "torchscript", "safetensors")
 EXAMPLES = """examples:
   flywheel-fast train                                     real digits, 40 % of the labels wrong
   flywheel-fast train digits cycle.kind=cross_entropy     the same with plain cross-entropy
@@ -123,6 +124,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("network", metavar="RUN", help="the folder of a finished run")
     evaluate.add_argument("data", metavar="DATA", help="class folders or a CSV file; the test split where there is one")
     evaluate.set_defaults(run=_evaluate)
+
+    export = commands.add_parser("export", parents=[common], help="a network as one file for other programs")
+    export.add_argument("network", metavar="RUN", help="the folder of a finished run")
+    export.add_argument("--format", required=True, choices=EXPORTS, help="of the file")
+    export.add_argument("-o", metavar="FILE", help="a new file (default: RUN/export/model.*)")
+    export.set_defaults(run=_export)
 
     config = commands.add_parser("config", help="list, show or check configs")
     actions = config.add_subparsers(required=True, metavar="action")
@@ -240,6 +247,13 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(f"accuracy {found.accuracy:.4f} on {found.count:,} ({found.split})")
     for name, count, accuracy in found.by_class:
         print(f"  {accuracy:.4f} of {count:,}  {name}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from flywheel_fast.export import export
+
+    out, checked = export(Path(args.network), args.format, _path(args.o))
+    print(f"{out} ({checked})")
 
 
 def _path(word: str | None) -> Path | None:

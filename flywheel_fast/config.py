@@ -86,6 +86,15 @@ def as_dict(config: Any) -> dict:
     return OmegaConf.to_container(OmegaConf.structured(config))
 
 
+def flat(config: dict, prefix: str = "") -> dict[str, str]:
+    """Dotted key -> value as text, of a resolved config."""
+    found = {}
+    for key, value in config.items():
+        inner = isinstance(value, dict) and value
+        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": str(value)}
+    return found
+
+
 @cache
 def help_of(schema: type) -> dict[str, str]:
     """Field name -> the string that stands under it in the source."""

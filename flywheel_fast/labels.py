@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import re
 import urllib.parse
 import zipfile
 from collections import Counter
@@ -26,6 +27,7 @@ from flywheel_fast.data.sources.folders import TEST_FOLDERS
 from flywheel_fast.errors import BadInput, Failure
 
 TASKS = 100_000  # of one file, at most
+NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, production 2
 AIDS = {"label_config.xml", "label_constructor.json", "data.json"}  # beside the tasks, for the tool's set-up
 
 
@@ -35,9 +37,11 @@ AIDS = {"label_config.xml", "label_constructor.json", "data.json"}  # beside the
 def export(run: Path, form: str, out: Path | None = None) -> tuple[Path, int]:
     """Writes the suspects of a run, worst first, into the new folder `out` (RUN/review/FORM); returns it and how many.
 
-    More than 100,000 are split into folders 1, 2, ... Raises BadInput where the folder is in use.
+    More than 100,000 are split into folders 1, 2, ... Raises BadInput where the folder is in use, and for a name that
+    the format cannot hold.
     """
     labels = read_labels(run / "labels")
+    _refuse_what_xml_cannot_hold(labels, form)
     out = out or run / "review" / form
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise BadInput(f"-o {out}: is there already; name a new folder, so that no review is lost")
@@ -50,6 +54,17 @@ def export(run: Path, form: str, out: Path | None = None) -> tuple[Path, int]:
     for number, part in enumerate(parts, start=1):
         WRITERS[form](labels, part, out if len(parts) == 1 else out / f"{number}")
     return out, len(suspects)
+
+
+def _refuse_what_xml_cannot_hold(labels: Labels, form: str) -> None:
+    """Control characters have no form in XML, escaped or not."""
+    names = {"label-studio": labels.classes, "cvat": (*labels.classes, *labels.files[labels.suspects])}.get(form, ())
+    for name in names:
+        if NOT_IN_XML.search(name):
+            raise BadInput(
+                f"--format {form}: {name!r} has a control character, which the tool's XML cannot hold; rename it, or "
+                "take --format csv, fiftyone or folder"
+            )
 
 
 def _write_csv(labels: Labels, part: np.ndarray, folder: Path) -> None:  # part [K] int64

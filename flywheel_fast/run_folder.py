@@ -21,6 +21,10 @@ OWN = {
     "labels",
     "plots",
     "report.html",
+    "README.md",
+    "export",
+    "tensorboard",
+    "mlflow_run_id",
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from flywheel_fast import audit, checkpoint, env, models, ops, plots, run_folder
+from flywheel_fast import audit, card, checkpoint, env, models, ops, plots, run_folder, sinks
 from flywheel_fast import config as configs
 from flywheel_fast.cycle import Cycle, CycleConfig
 from flywheel_fast.data import noise, reviews, sources
@@ -34,8 +34,8 @@ COLUMNS = (
     *(f"sec_{phase}" for phase in PHASES),
 )
 # Between a run and its resumption; moved data are recognised by their files and labels.
-MAY_CHANGE = {"name", "eval_every", "optim.epochs", "data.root", "data.noise.file", "data.threads", "data.cache_gb"}
-MAY_CHANGE |= {"data.reviews"}
+MAY_CHANGE = {"name", "log", "eval_every", "optim.epochs"}
+MAY_CHANGE |= {"data.root", "data.noise.file", "data.reviews", "data.threads", "data.cache_gb"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Config:
     """Of the initial weights, the order and the augmentations; noise and subsets have their own."""
     eval_every: int = 1
     """Epochs between two looks at the test split; the last epoch is always looked at."""
+    log: tuple[str, ...] = ()
+    """Where the rows of metrics.csv go too: tensorboard, mlflow; each needs the extra of its name."""
     data: sources.DataConfig = field(default_factory=sources.DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     model: models.ModelConfig = field(default_factory=models.ModelConfig)
@@ -55,6 +57,8 @@ class Config:
     def __post_init__(self):
         if self.eval_every < 1:
             raise ValueError(f"eval_every must be at least 1, not {self.eval_every}")
+        if unknown := [name for name in self.log if name not in sinks.SINKS]:
+            raise ValueError(f"log must be of {', '.join(sinks.SINKS)}, not {unknown[0]!r}")
         if self.cycle.kind == "flywheel" and self.cycle.warmup > self.optim.epochs:
             raise ValueError(f"cycle.warmup={self.cycle.warmup} is longer than optim.epochs={self.optim.epochs}")
 
@@ -78,6 +82,8 @@ class Trainer:
             self._restore(saved)
         self._review()
         self.config_text = configs.dump(self.config)
+        settings = configs.flat(configs.as_dict(self.config))
+        self.sinks = sinks.open_all(config.log, out, config.name, settings, len(self.history))
 
     def run(self) -> None:
         config, cycle, n = self.config, self.cycle, len(self.train_set.labels)
@@ -90,6 +96,8 @@ class Trainer:
                 cycle.run(self.loader, epoch)
                 self.history.append(self._measure(epoch))
                 self._save()
+                for sink in self.sinks:
+                    sink.write(epoch + 1, self.history[-1])
                 self._say_epoch()
         self._close()
 
@@ -293,7 +301,12 @@ class Trainer:
             if labels:
                 audit.write_labels(labels, self.out / "labels")
             plots.write_plots(labels, self.out / "metrics.csv", self.out / "plots")
-        checkpoint.write_atomic(self.out / "result.json", json.dumps(self._record(), indent=2).encode())
+        record, ailments = self._record(), list(self._ailments().values())
+        checkpoint.write_atomic(self.out / "result.json", json.dumps(record, indent=2).encode())
+        about = card.text(self.config, self.train_set.classes, record, labels, ailments)
+        checkpoint.write_atomic(self.out / "README.md", about.encode())
+        for sink in self.sinks:
+            sink.close()
         self.screen.table("\nResult", self._result(labels))
 
     def _labels(self) -> audit.Labels:

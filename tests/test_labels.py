@@ -176,6 +176,39 @@ def test_cvat(tmp_path):
     assert labels.read(tmp_path / "task.zip") == suggestions(found)
 
 
+def test_cvats_own_importer(tmp_path):
+    """Datumaro reads and writes the formats of CVAT."""
+    datumaro = pytest.importorskip("datumaro")
+    run, found = make_run(tmp_path)
+    out, _ = labels.export(run, "cvat")
+    data_set = datumaro.Dataset.import_from(str(out / "annotations.xml"), "cvat")
+    names = [label.name for label in data_set.categories()[datumaro.AnnotationType.label]]
+    assert names == list(NAMES)
+    read = {item.id: [names[one.label] for one in item.annotations] for item in data_set}
+    assert read == {str(Path(file).with_suffix("")): [label] for file, label in suggestions(found).items()}
+
+
+@pytest.mark.parametrize("form", cli.FORMATS)
+def test_white_space_in_names_comes_back(tmp_path, form):
+    run, found = make_run(
+        tmp_path, classes=("tab\there", "line\nfeed", "return\rhere", " ends ", "\u200f\u05d0", "%2F")
+    )
+    out, _ = labels.export(run, form)
+    assert labels.read(reviewed(out), found.root) == suggestions(found)
+
+
+@pytest.mark.parametrize("form", cli.FORMATS)
+def test_a_control_character_comes_back_or_is_refused_before_anything_is_written(tmp_path, form):
+    run, found = make_run(tmp_path, classes=("bell\x07", "other"))
+    if form in ("cvat", "label-studio"):
+        with pytest.raises(BadInput, match=r"'bell\\x07' has a control character.*take --format csv"):
+            labels.export(run, form)
+        assert not (run / "review").exists()
+    else:
+        out, _ = labels.export(run, form)
+        assert labels.read(out, found.root) == suggestions(found)
+
+
 def test_fiftyone(tmp_path):
     run, found = make_run(tmp_path)
     out, _ = labels.export(run, "fiftyone")

@@ -16,11 +16,12 @@ FLOORS = [  # a module may import from floors below its own, and from the rooms 
     {"data.sources.folders", "data.sources.tables", "data.sources.lists", "data.sources.arrays"}
     | {"data.sources.shards", "data.sources.cache"},
     {"data.sources.__init__", "data.fixtures"},
-    {"cycle", "data.pipelines", "checkpoint", "run_folder", "screen"},
+    {"cycle", "data.pipelines", "checkpoint", "run_folder", "screen", "sinks"},
     {"audit", "doctor", "data.check"},
-    {"plots", "charts", "labels"},
+    {"plots", "charts", "labels", "card"},
     {"report", "review", "trainer"},
     {"predict"},
+    {"export", "api"},
     {"cli"},
     {"__main__"},
 ]
@@ -35,6 +36,7 @@ BESIDE = {
     ("data.sources.shards", "data.sources.tables"),
     ("run_folder", "checkpoint"),
     ("config", "errors"),
+    ("__init__", "api"),  # when one of its names is first used
 }
 
 

@@ -1,0 +1,305 @@
+"""Finding wrong labels: a run of flywheel-fast against cleanlab, on the same labels, network, passes and threads.
+
+    python -m benchmarks.label_errors [PLAN] [key=value ...] [--threads N]
+
+A plan names tasks: a config and changes to it; `key=value` words change every task. cleanlab gets out-of-sample
+probabilities of the same network by plain cross-entropy in five folds, over as many epochs as make the forward passes
+equal, a backward pass counted as two. Each run leaves a row; the same command goes on where it was stopped.
+"""
+
+import argparse
+import csv
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import torch
+import yaml
+
+from benchmarks.accuracy import append, passes
+from benchmarks.accuracy_table import markdown
+from flywheel_fast import audit, env, models, run_folder
+from flywheel_fast import config as configs
+from flywheel_fast.checkpoint import write_atomic
+from flywheel_fast.cycle import Cycle, CycleConfig
+from flywheel_fast.data import noise, sources
+from flywheel_fast.data.manifest import Manifest
+from flywheel_fast.data.pipelines import Loader
+from flywheel_fast.em import EMState
+from flywheel_fast.errors import BadInput, Failure
+from flywheel_fast.learner import Learner
+from flywheel_fast.trainer import Config, Trainer
+
+PLAN = Path("benchmarks/plans/label_errors.yaml")
+RESULTS = Path("benchmarks/results/label_errors.csv")
+FOLDS = 5
+OURS = "flywheel-fast"
+FIELDS = (
+    *("task", "method", "seed", "auroc", "average_precision", "precision_at_100", "flagged", "flagged_precision"),
+    *("seconds", "passes", "epochs", "images", "true_wrong", "labels_sha256", "network", "threads"),
+    *("config", "config_sha256", "device", "versions", "commit"),
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    seed: int
+    words: str  # config and changes, as one would type them
+    config: Config
+
+    @property
+    def digest(self) -> str:
+        """Of the config, wherever the data lie."""
+        data = replace(self.config.data, root="-", noise=replace(self.config.data.noise, file=None, kind="none"))
+        return hashlib.sha256(f"{self.words} {replace(self.config, data=data)}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a method says of N labels."""
+
+    score: np.ndarray  # [N] float64, lower is worse
+    flagged: np.ndarray  # [N] bool
+
+
+def read_plan(path: Path, words: list[str], threads: int) -> list[Task]:
+    """The tasks of a plan, each by seed. Raises BadInput naming the file and the key."""
+    try:
+        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tasks = []
+        for name, task in plan["tasks"].items():
+            for seed in plan["seeds"]:
+                changes = [*plan["defaults"], *task["words"], f"seed={seed}", f"data.noise.seed={seed}", *words]
+                config = configs.load(Config, task["config"], [*changes, f"data.threads={threads}"])
+                tasks.append(Task(name, seed, " ".join([task["config"], *changes]), config))
+        return tasks
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path}: is no plan of tasks ({type(error).__name__}: {error})") from error
+
+
+# -- the two ways ------------------------------------------------------------------------------------------------------
+
+
+def by_flywheel(task: Task, train_set: Manifest, out: Path) -> dict[str, Ranking]:
+    """Trains as `flywheel-fast train` does; label_score is the ranking."""
+    folder = run_folder.create(str(out), task.name, overwrite=out.exists(), resuming=False)
+    Trainer(task.config, folder).run()
+    found = audit.read_labels(folder / "labels")
+    return {OURS: Ranking(found.clean_prob.astype(np.float64), found.is_issue)}
+
+
+def by_cleanlab(task: Task, train_set: Manifest, out: Path) -> dict[str, Ranking]:
+    """cleanlab's three rankings from the same out-of-sample probabilities."""
+    from cleanlab.filter import find_label_issues
+    from cleanlab.rank import get_label_quality_scores
+
+    labels, probabilities = train_set.labels, out_of_sample(task.config, train_set)
+    default = find_label_issues(labels, probabilities)
+    confident = find_label_issues(labels, probabilities, filter_by="confident_learning")
+    quality = {
+        name: get_label_quality_scores(labels, probabilities, method=name)
+        for name in ("self_confidence", "normalized_margin")
+    }
+    return {
+        "cleanlab, self-confidence": Ranking(quality["self_confidence"], default),
+        "cleanlab, normalised margin": Ranking(quality["normalized_margin"], default),
+        # a set, not a ranking: what is in it first, either part by self-confidence
+        "cleanlab, confident learning": Ranking(quality["self_confidence"] + ~confident, confident),
+    }
+
+
+def epochs_of_folds(config: Config) -> int:
+    """A fold trains on 4/5 of the images, three passes each, and looks at the others once: 12 epochs + 1 in all."""
+    return max(1, round((passes(config.cycle, config.optim.epochs) - 1) / (3 * (FOLDS - 1))))
+
+
+def out_of_sample(config: Config, train_set: Manifest) -> np.ndarray:  # [N, C] float64
+    """Probabilities of each sample by the network that was trained on the four folds without it."""
+    from sklearn.model_selection import StratifiedKFold
+
+    num_classes, optim = len(train_set.classes), replace(config.optim, epochs=epochs_of_folds(config))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = np.empty((len(train_set), num_classes))
+
+    def loader(part: np.ndarray) -> Loader:
+        data = config.data
+        return Loader(
+            train_set.subset(part), config.views, optim.batch_size, config.seed, device, data.threads, data.cache_gb
+        )
+
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=config.seed).split(train_set.labels, train_set.labels)
+    for number, (part, held_out) in enumerate(folds):
+        batches = loader(part)
+        seed = FOLDS * config.seed + number
+        network = models.build(config.model.main, num_classes, config.views.image_size, seed)
+        learner = Learner(network, optim, len(batches), device)
+        labels = torch.as_tensor(train_set.labels[part], device=device)
+        alone = Cycle(CycleConfig(kind="cross_entropy"), learner, None, EMState.start(labels, num_classes, 0.5))
+        for epoch in range(optim.epochs):
+            alone.run(batches, epoch)
+        for index, (clean,) in loader(held_out).sweep():
+            found[held_out[index.cpu()]] = learner.predict(clean).double().softmax(dim=1).cpu()
+    return found
+
+
+METHODS: dict[str, Callable[[Task, Manifest, Path], dict[str, Ranking]]] = {
+    OURS: by_flywheel,
+    "cleanlab, self-confidence": by_cleanlab,
+    "cleanlab, normalised margin": by_cleanlab,
+    "cleanlab, confident learning": by_cleanlab,
+}
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def measured(ranking: Ranking, train_set: Manifest) -> dict[str, float]:
+    wrong = train_set.labels != train_set.true_labels
+    auroc, average_precision = audit.selection_quality(ranking.score, train_set.labels, train_set.true_labels)
+    worst = np.argsort(ranking.score, kind="stable")[:100]
+    return {
+        "auroc": round(auroc, 4),
+        "average_precision": round(average_precision, 4),
+        "precision_at_100": round(float(wrong[worst].mean()), 4),
+        "flagged": int(ranking.flagged.sum()),
+        "flagged_precision": round(float(wrong[ranking.flagged].mean()), 4) if ranking.flagged.any() else "",
+    }
+
+
+def rows_of(task: Task, way: Callable, threads: int, out: Path) -> Iterator[dict]:
+    """Runs one way on a task: a row for each ranking that it gives. Seconds: from the files to the rankings."""
+    train_set = sources.load(task.config.data).train  # also warms the disk's cache for both
+    if train_set.true_labels is None:
+        raise BadInput(f"{task.name}: has no true labels to compare with; give data.noise, or a column true_label")
+    log = out / f"{way.__name__}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", encoding="utf-8") as file, redirect_stdout(file):
+        start = time.perf_counter()
+        rankings = way(task, train_set, out / way.__name__)
+        seconds = time.perf_counter() - start
+    here, config = env.describe(), task.config
+    ours = way is by_flywheel
+    epochs = config.optim.epochs if ours else epochs_of_folds(config)
+    spent = passes(config.cycle, config.optim.epochs) if ours else 3 * (FOLDS - 1) * epochs + 1
+    for method, ranking in rankings.items():
+        yield {
+            **{"task": task.name, "method": method, "seed": task.seed, **measured(ranking, train_set)},
+            **{"seconds": round(seconds, 1), "passes": spent, "epochs": epochs, "threads": threads},
+            "images": len(train_set),
+            "true_wrong": round(float(np.mean(train_set.labels != train_set.true_labels)), 4),
+            "labels_sha256": noise.digest(train_set.labels),
+            "network": config.model.main.name,
+            "config": task.words,
+            "config_sha256": task.digest,
+            "device": here["GPU"] if here["GPU"] != "none" else here["processor"].rpartition(",")[0],
+            "versions": "; ".join(f"{name} {here[name]}" for name in ("python", "torch", "nvidia-dali-cuda130")),
+            "commit": here["flywheel-fast"],
+        }
+
+
+def read_rows(path: Path) -> dict[tuple, dict]:
+    """Rows by task, method, seed and config; of two with the same key the later counts."""
+    if not path.exists():
+        return {}
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != FIELDS:
+            raise BadInput(f"{path}: has other columns than this version writes; move it away, or name another --csv")
+        return {(row["task"], row["method"], int(row["seed"]), row["config_sha256"]): row for row in reader}
+
+
+TEXT = """# Finding wrong labels: flywheel-fast and cleanlab
+
+Each on the same labels, network, number of threads and forward passes an image, a backward pass counted as two
+(`passes`). cleanlab ranks by out-of-sample probabilities of the network in {folds} folds, flywheel-fast by
+`label_score`. AUROC and average precision (AP) of finding the labels that are truly wrong; share that is wrong of the
+100 worst, and of those that the method flags; seconds from the files to the ranking. Means over the seeds.
+
+{table}
+
+AP of flywheel-fast above the best of cleanlab's: {above}.
+
+All of it again, skipping what is done: `python -m benchmarks.label_errors {plan}`. Written by that module from the CSV
+beside this file, where each row has its config, hash of the labels, versions and commit.
+"""
+
+
+def table(plan: str, tasks: list[Task], rows: dict[tuple, dict]) -> str:
+    lines = [
+        ("task", "images", "wrong", "method", "AUROC", "AP", "wrong of 100", "flagged", "wrong of flagged")
+        + ("passes", "seconds", "seeds")
+    ]
+    above = []
+    for name in dict.fromkeys(task.name for task in tasks):
+        precision = {}
+        for method in METHODS:
+            keys = [(name, method, task.seed, task.digest) for task in tasks if task.name == name]
+            if not (found := [rows[key] for key in keys if key in rows]):
+                continue
+
+            def average(column: str, form: str, found: list[dict] = found) -> str:
+                values = [float(row[column]) for row in found if row[column] != ""]
+                return format(mean(values), form) if values else "–"
+
+            precision[method] = float(average("average_precision", ".4f"))
+            cells = [average("auroc", ".3f"), average("average_precision", ".3f"), average("precision_at_100", ".2f")]
+            cells += [average("flagged", ",.0f"), average("flagged_precision", ".3f")]
+            cells += [average("passes", ".0f"), average("seconds", ".0f"), len(found)]
+            lines.append((name, average("images", ",.0f"), average("true_wrong", ".1%"), method, *cells))
+        rivals = [value for method, value in precision.items() if method != OURS]
+        if rivals and OURS in precision:
+            above.append(f"{name} {precision[OURS] - max(rivals):+.3f}")
+    return TEXT.format(plan=plan, folds=FOLDS, table=markdown(lines), above=", ".join(above) or "–")
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.label_errors", description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", metavar="PLAN | key=value", help=f"tasks (default: {PLAN}), and changes")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: one a core)")
+    parser.add_argument("--out", type=Path, default=Path("runs/label_errors"), help="the runs (default: %(default)s)")
+    parser.add_argument("--csv", type=Path, default=RESULTS, help="rows (default: %(default)s); the table is beside it")
+    args = parser.parse_intermixed_args(words)
+    try:
+        _run(args)
+        return 0
+    except (BadInput, Failure) as error:
+        print(f"benchmarks.label_errors: {error}", file=sys.stderr)
+        return 2 if isinstance(error, BadInput) else 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on with the run that it was at", file=sys.stderr)
+        return 130
+
+
+def _run(args: argparse.Namespace) -> None:
+    plan = next((word for word in args.words if "=" not in word), str(PLAN))
+    changes = [word for word in args.words if "=" in word]
+    torch.set_num_threads(args.threads)
+    tasks, rows = read_plan(Path(plan), changes, args.threads), read_rows(args.csv)
+    for task in tasks:
+        for way in dict.fromkeys(METHODS.values()):
+            wanted = [method for method, by in METHODS.items() if by is way]
+            if all((task.name, method, task.seed, task.digest) in rows for method in wanted):
+                continue
+            print(f"{task.name} {task.seed}: {way.__name__} ...", flush=True)
+            for row in rows_of(task, way, args.threads, args.out / task.name / f"{task.seed}-{task.digest}"):
+                append(args.csv, row, FIELDS)
+                shown = ("method", "auroc", "average_precision", "precision_at_100", "seconds")
+                print("  " + "  ".join(f"{row[name]}" for name in shown), flush=True)
+    path = args.csv.with_suffix(".md")
+    write_atomic(path, table(" ".join([plan, *changes]), tasks, read_rows(args.csv)).encode())
+    print(f"table: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""What `import flywheel_fast as ff` offers: `ff.train`, as the command line trains, and `ff.Run`, what it left."""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from flywheel_fast import config as configs
+from flywheel_fast import report, run_folder
+from flywheel_fast.audit import Labels, read_labels
+from flywheel_fast.data.sources import cache
+from flywheel_fast.errors import BadInput
+from flywheel_fast.predict import Predictor, find_images
+from flywheel_fast.trainer import Config, Trainer
+
+TABLE = "flywheel-fast.csv"  # of arrays that were written into the cache
+
+
+class Run:
+    """The folder of a finished run."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        try:
+            self.result: dict = json.loads((self.folder / "result.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{folder}: is not the folder of a finished run ({error})") from error
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+    def issues(self) -> pa.Table:
+        """samples.parquet: a row a training image, in the order of the data set; `.to_pandas()` makes a DataFrame.
+
+        label_score: 0 to 1, lower is worse. All columns: docs/run_folder.md.
+        """
+        self.labels  # noqa: B018  (says what is amiss, where there is none)
+        return pa.parquet.read_table(self.folder / "labels" / "samples.parquet")
+
+    @cached_property
+    def labels(self) -> Labels:
+        """The same as arrays [N], with the classes, and the corruption matrix [C, C]."""
+        return read_labels(self.folder / "labels")
+
+    def pred_probs(self) -> np.ndarray:  # [N, C] float64
+        """What the run thinks of each training image's class, for tools that take such a table: label_score at the
+        given label, suggested_prob at the suggested one, and what is left over the others evenly."""
+        labels, n, c = self.labels, len(self.labels.given), len(self.labels.classes)
+        score = labels.clean_prob.astype(np.float64)
+        other = labels.suggested != labels.given
+        suggested = np.where(other, np.minimum(labels.suggested_prob, 1 - score), 0)
+        found = np.repeat(((1 - score - suggested) / np.maximum(c - 1 - other, 1))[:, None], c, axis=1)
+        found[np.flatnonzero(other), labels.suggested[other]] = suggested[other]
+        found[np.arange(n), labels.given] = score
+        return found / found.sum(axis=1, keepdims=True)  # two classes: nothing is left for the others
+
+    def predict(self, images: str | Path | Sequence) -> tuple[list[Path], np.ndarray]:
+        """Files that can be read, K of them, and their probabilities [K, C] float32 in the order of `labels.classes`.
+
+        `images`: a file, a folder, or a list of these.
+        """
+        words = [images] if isinstance(images, str | Path) else images
+        files = find_images([str(word) for word in words])
+        probabilities, index, _ = Predictor(self.folder).probabilities(files)
+        return [files[i] for i in index], probabilities
+
+    def report(self) -> Path:
+        """Writes report.html into the folder, and returns where."""
+        return report.write([self.folder])
+
+
+def train(
+    images=None,
+    labels: Sequence | None = None,
+    *,
+    config: str = "cifar10_small",
+    changes: Iterable[str] = (),
+    classes: Sequence[str] | None = None,
+    true_labels: Sequence | None = None,
+    test: tuple | None = None,
+    out: str | Path | None = None,
+) -> Run:
+    """Trains as `flywheel-fast train CONFIG key=value ...` does, and returns the run.
+
+    `images`: a folder of class folders, a CSV or Parquet file; an array [N, H, W] or [N, H, W, 3] uint8 with `labels`
+    [N]; a torchvision data set or any sequence of (PIL image, label); None: the data of the config.
+    `labels`, `true_labels` [N]: numbers, or class names; `classes` [C]: names of the numbers.
+    `test`: (images, labels), or such a sequence, to be tested on; without it a share of the images is set aside.
+    `changes`: words as on the command line, such as "optim.epochs=8".
+    `out`: the run's folder, which must be new (default: runs/NAME).
+
+    Arrays and sequences are written once as PNG files into the cache; image i of the training set is train/000000i.png.
+    Raises BadInput for what cannot be trained on.
+    """
+    words = [*_data(images, labels, classes, true_labels, test), *changes]
+    settings = configs.load(Config, config, words)
+    folder = run_folder.create(str(out) if out else None, settings.name, overwrite=False, resuming=False)
+    try:
+        Trainer(settings, folder).run()
+    except BadInput:
+        run_folder.leave(folder)
+        raise
+    return Run(folder)
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def _data(images, labels, classes, true_labels, test) -> list[str]:
+    """Words that name the data."""
+    if images is None or isinstance(images, str | Path) or _is_image_folder(images):
+        if any(given is not None for given in (labels, classes, true_labels, test)):
+            raise BadInput("labels, classes, true_labels and test go with arrays; folders and tables have their own")
+        if images is None:
+            return []
+        path = Path(images if isinstance(images, str | Path) else images.root)
+        return [f"data.source={'csv' if path.suffix in ('.csv', '.parquet') else 'folder'}", f"data.root={path}"]
+    train, names = _samples(images, labels, "images"), classes
+    if names is None:
+        names = getattr(images, "classes", None)
+    parts = [("train", *train, true_labels)]
+    if test is not None:
+        pair = isinstance(test, tuple) and len(test) == 2
+        parts.append(("test", *_samples(*(test if pair else (test, None)), "test"), None))
+    rows, pictures = _table(parts, names)
+    sha = hashlib.sha256()
+    for name, content in pictures():
+        sha.update(f"{name}\0{len(content)}\0".encode() + content)
+    sha.update(rows)
+    files = ((name, content) for part in (pictures(), [(TABLE, rows)]) for name, content in part)
+    root = cache.made_once(f"arrays-{sha.hexdigest()[:16]}", files, sum(len(part[1]) for part in parts))
+    return ["data.source=csv", f"data.root={root / TABLE}"]
+
+
+def _is_image_folder(images) -> bool:
+    """torchvision's ImageFolder reads class folders as `data.source=folder` does: no copy is needed."""
+    names = {kind.__name__ for kind in type(images).__mro__ if kind.__module__.startswith("torchvision")}
+    return "ImageFolder" in names
+
+
+def _samples(images, labels, what: str) -> tuple[Sequence, list]:
+    """Images, each an array or a PIL image, and their labels."""
+    if labels is None:
+        if hasattr(images, "ndim") or not hasattr(images, "__len__"):
+            raise BadInput(f"{what}: an array needs labels; a data set without them must yield (image, label)")
+        if (targets := getattr(images, "targets", None)) is None or len(targets) != len(images):
+            targets = [images[i][1] for i in range(len(images))]
+        return _Firsts(images), _list(targets)
+    if len(images) != len(labels):
+        raise BadInput(f"{what}: {len(images):,} images, but {len(labels):,} labels")
+    return images, _list(labels)
+
+
+class _Firsts:
+    """The images of a sequence of (image, label)."""
+
+    def __init__(self, samples: Sequence):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        return self.samples[index][0]
+
+
+def _list(labels) -> list:
+    return labels.tolist() if hasattr(labels, "tolist") else list(labels)
+
+
+def _table(parts: list[tuple], names: Sequence[str] | None):
+    """The table of all images as CSV, and a function that yields name and content of each."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    known = parts[0][3] is not None
+    writer.writerow(["file_name", "label", "split"] + ["true_label"] * known)
+    for split, images, labels, true in parts:
+        if true is not None and len(true) != len(images):
+            raise BadInput(f"true_labels: {len(true):,} of them, but {len(images):,} images")
+        true = labels if true is None else _list(true)  # those of the test split count as right
+        for number, (label, right) in enumerate(zip(labels, true, strict=True)):
+            cells = [_name(label, names)] + [split] + [_name(right, names)] * known
+            writer.writerow([f"{split}/{number:07}.png", *cells])
+
+    def pictures() -> Iterator[tuple[str, bytes]]:
+        for split, images, _, _ in parts:
+            for number in range(len(images)):
+                yield f"{split}/{number:07}.png", _png(images[number], f"{split} image {number}")
+
+    return text.getvalue().encode(), pictures
+
+
+def _name(label, names: Sequence[str] | None) -> str:
+    if names is None or isinstance(label, str):
+        return str(label)
+    if not 0 <= label < len(names):
+        raise BadInput(f"label {label} is none of the {len(names)} classes")
+    return str(names[label])
+
+
+def _png(image, what: str) -> bytes:
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        array = np.asarray(image)
+        if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
+            raise BadInput(
+                f"{what}: is {array.dtype} {list(array.shape)}; an image is [H, W] or [H, W, 3] of uint8, 0 to 255 "
+                "(a data set must be made without a transform)"
+            )
+        image = Image.fromarray(array)
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
