@@ -134,10 +134,8 @@ def passes(cycle: CycleConfig, epochs: int) -> int:
     """Forward passes a training image over a run, a backward pass counted as two; test images are left out."""
     if cycle.kind == "cross_entropy":
         return 3 * epochs
-    views = 2 + (cycle.contrastive > 0)
-    each = 3 + (1 + 1 + 3 * views + 1) + (cycle.target == "soft_q")  # main M-step; E-steps, f's M-step, resampling
-    once = 3 * (cycle.noise_model == "anchors" and epochs > cycle.warmup)
-    return 9 * cycle.warmup + each * (epochs - cycle.warmup) + once
+    cycles, looks = epochs - cycle.warmup, 1 + (cycle.noise_model == "anchors")  # at the end of the warm-up
+    return 9 * epochs + 2 * (cycles + looks) + 3 * (cycle.contrastive > 0) * cycles
 
 
 # -- the queue ---------------------------------------------------------------------------------------------------------

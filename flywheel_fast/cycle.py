@@ -5,7 +5,6 @@ It owns no files and no readers: a loader is anything with `epoch(number, views)
 (index [B], views: a tuple of images [B, 3, H, W]).
 """
 
-import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flywheel_fast.em import Anchors, EMState, Resampling
+from flywheel_fast.em import EMState, Expectation
 from flywheel_fast.learner import Learner
 from flywheel_fast.losses import ntxent
 
@@ -31,7 +30,9 @@ class CycleConfig:
     posterior: Literal["mixture", "joint"] = "mixture"
     """Target of the auxiliary network: w onehot + (1-w) r, or f times (w onehot + (1-w) T_c), normalised."""
     target: Literal["argmax_f", "soft_q"] = "argmax_f"
-    """Target of the main network: the auxiliary network's class (the paper's), or the soft posterior."""
+    """Target of the main network: the teacher's class (the paper's), or the soft posterior."""
+    teacher: Literal["both", "aux"] = "both"
+    """Whose word the posterior follows: the auxiliary network's (the paper's), or the mean of both networks'."""
     noise_model: Literal["em", "anchors"] = "em"
     """gamma and T_c: em, one gamma, both estimated anew in every cycle (the paper's); anchors, a gamma for each class,
     both found once at the end of the warm-up, where the networks are surest, and kept."""
@@ -91,33 +92,36 @@ class Cycle:
         self.clock = Clock()
         self.on_images: Callable[[int], None] = lambda count: None  # told how many images each batch had
         self.losses: dict[str, list[Tensor]] = {}  # name -> [] of each step of the last epoch
-        self.agreement = 1.0  # share of samples that both networks called the same at the last main E-step
 
     def run(self, loader, epoch: int) -> None:
-        """One epoch: warm-up, plain cross-entropy, or the four steps."""
+        """One epoch: plain cross-entropy, warm-up, or the M-steps; once the warm-up has ended, the E-steps follow."""
         self.losses = {}
         if self.config.kind == "cross_entropy":
             self.main_alone(loader, epoch)
-        elif not self.cycling(epoch):
+            return
+        if epoch < self.config.warmup:
             self.warm_up(loader, epoch)
         else:
-            if epoch == self.config.warmup and self.config.noise_model == "anchors":
-                self.find_noise(loader)
-            self.main_estep(loader)
-            self.aux_steps(loader, epoch)
-            self.resample(loader)
-            self.main_mstep(loader, epoch)
+            if self.state.teacher is None:  # resumed
+                self.look(loader)
+            self.msteps(loader, epoch)
+        if self.expecting(epoch):
+            if epoch + 1 == self.config.warmup and self.config.noise_model == "anchors":
+                self.look(loader)
+                with self.clock("em"):
+                    self.state.find_noise(self.config.posterior)
+            self.esteps(loader)
 
-    def cycling(self, epoch: int) -> bool:
-        """Whether the EM cycle runs in this epoch."""
-        return self.config.kind == "flywheel" and epoch >= self.config.warmup
+    def expecting(self, epoch: int) -> bool:
+        """Whether this epoch ends with the E-steps."""
+        return self.config.kind == "flywheel" and epoch + 1 >= self.config.warmup
 
     def views_per_sample(self, epoch: int) -> int:
         """Images that `run` draws of each sample in this epoch, for the progress bar."""
-        if self.cycling(epoch):
-            once = 3 * (self.config.noise_model == "anchors" and epoch == self.config.warmup)
-            return 6 + (self.config.target == "soft_q") + (self.config.contrastive > 0) + once
-        return 1 if self.config.kind == "cross_entropy" else 2
+        if self.config.kind == "cross_entropy":
+            return 1
+        looks = self.expecting(epoch) + (epoch + 1 == self.config.warmup and self.config.noise_model == "anchors")
+        return 2 + (self.config.contrastive > 0 and epoch >= self.config.warmup) + looks
 
     def main_alone(self, loader, epoch: int) -> None:
         for index, (weak,) in self._batches(loader.epoch(2 * epoch, ("weak",))):
@@ -133,70 +137,41 @@ class Cycle:
                 logits = self.aux.forward(torch.cat([weak, strong]))
                 self._step("aux", self.aux, F.cross_entropy(logits, torch.cat([labels, labels])))
 
-    def find_noise(self, loader) -> None:
-        """gamma by class and T_c from what the auxiliary network has learned of the observed labels."""
-        anchors = Anchors(self.state.labels, self.state.num_classes)
-        for look in (anchors.look, anchors.add):
-            for index, (clean,) in self._batches(loader.sweep()):
-                with self.clock("infer"):
-                    logits = self.aux.predict(clean)
-                with self.clock("em"):
-                    look(index, logits)
-        self.state.set_noise(anchors.transition())
-        self.resample(loader)
-
-    def main_estep(self, loader) -> None:
-        """Step 1: w_i, the probability that a label is clean, by Bayes' rule from g, gamma and eps_i."""
-        same, seen = torch.zeros((), dtype=torch.int64, device=self.state.labels.device), 0
-        for index, (clean,) in self._batches(loader.sweep()):
-            with self.clock("infer"):
-                logits = self.main.predict(clean)
-            with self.clock("em"):
-                self.state.main_estep(index, logits)
-                same += (logits.argmax(dim=1) == self.state.resampled_label[index]).sum()
-                seen += len(index)
-        self.state.pin()
-        self.agreement = same.item() / seen
-
-    def aux_steps(self, loader, epoch: int) -> None:
-        """Steps 2 and 3: q_i from w_i and T_c with f as it stood before this step; f learns q on augmented views."""
-        teacher = copy.deepcopy(self.aux.ema)
-        contrastive = self.config.contrastive > 0
-        views = ("clean", "weak", "strong") + ("strong2",) * contrastive
-        for index, (clean, *augmented) in self._batches(loader.epoch(2 * epoch, views)):
-            with self.clock("infer"):
-                teacher_logits = self.aux.predict(clean, teacher)
+    def msteps(self, loader, epoch: int) -> None:
+        """Steps 3 and 4: f learns q on a weak and a strong view, g its target under the confidence regulariser."""
+        config, contrastive = self.config, self.config.contrastive > 0
+        views = ("weak", "strong") + ("strong2",) * contrastive
+        for index, augmented in self._batches(loader.epoch(2 * epoch, views)):
             with self.clock("train"):
                 output = self.aux.forward(torch.cat(augmented), project=contrastive)
                 logits, embeddings = output if contrastive else (output, None)
-                loss = self.state.loss(index, logits, teacher_logits, self.config.posterior)
+                loss = self.state.loss(index, logits, "soft_q", config.posterior)
                 if contrastive:
                     _, first, second = embeddings.chunk(3)
-                    loss = loss + self.config.contrastive * ntxent(first, second, self.config.temperature)
+                    loss = loss + config.contrastive * ntxent(first, second, config.temperature)
                 self._step("aux", self.aux, loss)
+                logits = self.main.forward(augmented[0])
+                loss = self.state.loss(index, logits, config.target, config.posterior, config.confidence, config.delta)
+                self._step("main", self.main, loss)
 
-    def resample(self, loader) -> None:
-        """The refurbished label of every sample by the new f, then T_c, and eps_i for the next main E-step."""
-        resampling = Resampling(self.state, self.config.posterior)
+    def esteps(self, loader) -> None:
+        """Steps 1 and 2: w_i by Bayes' rule from g, gamma and eps_i; q_i from w_i, the teacher and T_c; the refurbished
+        label of every sample, and the next eps_i, T_c and gamma."""
+        expectation = Expectation(self.state, self.config.posterior)
+        self.look(loader, expectation.add)
+        expectation.finish(self.config.aligned, self.config.smoothing if self.config.noise_model == "em" else None)
+
+    def look(self, loader, use: Callable[[Tensor, Tensor, Tensor], None] | None = None) -> None:
+        """Both networks on the clean view of every sample: the teacher's logits are kept; `use` is given the samples
+        [B], the main network's and the teacher's logits [B, C]."""
         for index, (clean,) in self._batches(loader.sweep()):
             with self.clock("infer"):
-                logits = self.aux.predict(clean)
+                main, aux = self.main.predict(clean), self.aux.predict(clean)
             with self.clock("em"):
-                resampling.add(index, logits)
-        resampling.finish(self.config.aligned, self.config.smoothing if self.config.noise_model == "em" else None)
-
-    def main_mstep(self, loader, epoch: int) -> None:
-        """Step 4: g learns the refurbished labels under the confidence regulariser; gamma is the mean of w."""
-        config = self.config
-        views = ("weak", "clean") if config.target == "soft_q" else ("weak",)
-        for index, (weak, *clean) in self._batches(loader.epoch(2 * epoch + 1, views)):
-            with self.clock("infer"):
-                teacher_logits = self.aux.predict(clean[0]) if clean else None
-            with self.clock("train"):
-                logits = self.main.forward(weak)
-                loss = self.state.loss(index, logits, teacher_logits, config.posterior, config.confidence, config.delta)
-                self._step("main", self.main, loss)
-        self.state.update_gamma(by_class=self.config.noise_model == "anchors")
+                teacher = self.state.teach(index, main, aux, self.config.teacher == "both")
+                self.state.agree[index] = main.argmax(dim=1) == aux.argmax(dim=1)
+                if use:
+                    use(index, main, teacher)
 
     def learners(self) -> dict[str, Learner]:
         return {"main": self.main} | ({"aux": self.aux} if self.aux else {})

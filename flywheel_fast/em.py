@@ -1,5 +1,6 @@
 """What the two EM cycles know: of each sample, by global index, and of the noise: gamma and T_c."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from flywheel_fast import ops
 
 RATES = (1e-3, 1 - 1e-6)  # a gamma beyond them would never come back
+PIECE = 1 << 16  # samples at a time, where all are at hand
 MIN_CLASS_MASS = 1e-6  # of the mean prediction; keeps the alignment weight of a dying class finite
 
 
@@ -24,21 +26,24 @@ class Reviews:
 
 @dataclass
 class EMState:
-    """N samples, C classes; 37 bytes a sample."""
+    """N samples, C classes; 38 bytes a sample, and the teacher's logits."""
 
     labels: Tensor  # [N] int64           observed, or as reviewed; never overwritten by an estimate
     clean_prob: Tensor  # [N] float32     w: probability that the observed label is right
     eps: Tensor  # [N] float32            likelihood of the observed label under corruption
-    resampled_label: Tensor  # [N] int64  argmax of the auxiliary network, for every sample
+    resampled_label: Tensor  # [N] int64  argmax of the teacher, for every sample
     suggested_label: Tensor  # [N] int64  argmax of the posterior
     suggested_prob: Tensor  # [N] float32
+    agree: Tensor  # [N] bool             do both networks call it the same?
     suspicion: Tensor  # [N] uint8        was the label suspected? a bit a cycle, of the last eight
     gamma: Tensor  # [] float64           mean of w: share of clean labels
     clean_rate: Tensor  # [C] float64     gamma_y, prior probability that a label of true class y is clean
     corruption: Tensor  # [C, C] float32  T_c(y, j), diagonal zero, times (1 - gamma_y) / (1 - gamma_j)
     align: Tensor  # [C] float32          observed class share over mean prediction; ones before the first look
     posterior_sum: Tensor  # [C, C] float64   sum of q(y) by observed label j: T_full before it is normalised
-    reviews: Reviews | None = None  # these come with the data, not with a checkpoint
+    # not kept in a checkpoint: these come with the data and with the first look
+    reviews: Reviews | None = None
+    teacher: Tensor | None = None  # [N, C] logits that the posterior follows from, in the networks' own type
 
     @classmethod
     def start(cls, labels: Tensor, num_classes: int, gamma: float) -> "EMState":
@@ -52,6 +57,7 @@ class EMState:
             resampled_label=labels.clone(),
             suggested_label=labels.clone(),
             suggested_prob=torch.full((n,), gamma, device=device),
+            agree=torch.ones(n, dtype=torch.bool, device=device),
             suspicion=torch.zeros(n, dtype=torch.uint8, device=device),
             gamma=torch.tensor(gamma, dtype=torch.float64, device=device),
             clean_rate=torch.full((num_classes,), gamma, dtype=torch.float64, device=device),
@@ -88,27 +94,33 @@ class EMState:
         if self.reviews:
             pinned = self.reviews.pinned
             self.clean_prob[pinned] = 1
+            self.eps[pinned] = 0  # so that the next E-step finds them clean
             self.resampled_label[pinned] = self.suggested_label[pinned] = self.labels[pinned]
             self.suggested_prob[pinned] = 1
 
-    def main_estep(self, index: Tensor, logits: Tensor) -> None:
-        """Step 1 for the samples `index` [B] with the main network's logits [B, C]."""
-        labels = self.labels[index]
-        # the op knows one gamma for all: the odds of each label's own go to its eps
-        odds = (1 - self.clean_rate) / self.clean_rate
-        clean_prob, _ = ops.main_estep(
-            logits, labels, torch.full_like(self.gamma, 0.5), self.eps[index] * odds[labels].float()
-        )
-        self.clean_prob[index] = clean_prob
+    def teach(self, index: Tensor, main: Tensor, aux: Tensor, both: bool) -> Tensor:
+        """Keeps the teacher's logits [B, C] of the samples `index` [B], from those of the networks, and returns them.
 
-    def update_gamma(self, by_class: bool) -> None:
-        """gamma = mean of w where nobody has decided; unless gamma_y are known by class, the prior of every label."""
-        unknown = self.clean_prob[self.reviews.free] if self.reviews else self.clean_prob
-        if not len(unknown):
-            return
-        self.gamma = unknown.mean(dtype=torch.float64)
-        if not by_class:
-            self.clean_rate = self.gamma.clamp(*RATES).expand(self.num_classes).clone()
+        The teacher is the auxiliary network, or the geometric mean of both networks' probabilities.
+        """
+        logits = (main + aux) / 2 if both else aux
+        if self.teacher is None:
+            self.teacher = logits.new_zeros(len(self.labels), self.num_classes)
+        self.teacher[index] = logits
+        return logits
+
+    def find_noise(self, kind: str) -> None:
+        """gamma by class and T_c, and eps with them, from what the teacher has learned of the observed labels."""
+        used = self.reviews.used.nonzero()[:, 0] if self.reviews else torch.arange(len(self.labels))
+        anchors = Anchors(self.labels[used], self.num_classes)
+        pieces = [(index, self.teacher[index]) for index in used.to(self.labels.device).split(PIECE)]
+        for look in (anchors.look, anchors.add):
+            for index, logits in pieces:
+                look(self.labels[index], logits)
+        self.set_noise(anchors.transition())
+        for index, logits in pieces:
+            labels, clean_prob = self.labels[index], self.clean_prob[index]
+            self.eps[index] = ops.aux_estep(logits, labels, clean_prob, self.corruption, self.align, kind).eps
 
     def set_noise(self, transition: Tensor) -> None:
         """From P(observed j | true y) [C, C] float64, rows summing to 1: gamma_y is its diagonal, the rest T_c."""
@@ -119,24 +131,25 @@ class EMState:
         self.corruption = (wrong * (1 - self.clean_rate)[:, None] / (1 - self.clean_rate)).t().contiguous().t().float()
 
     def loss(
-        self,
-        index: Tensor,
-        logits: Tensor,
-        teacher_logits: Tensor | None,
-        kind: str,
-        confidence: float = 0.0,
-        delta: float = 1e-4,
+        self, index: Tensor, logits: Tensor, target: str, kind: str, confidence: float = 0.0, delta: float = 1e-4
     ) -> Tensor:
-        """Loss [] of logits [V * B, C], V views of the samples `index` [B], against step 2's posterior.
-
-        The posterior follows from the auxiliary network's teacher_logits [B, C] and is never stored; without them the
-        target is the resampled label.
-        """
-        if teacher_logits is None:
-            labels, clean_prob, corruption = self.resampled_label[index], None, None
+        """Loss [] of logits [V * B, C], V views of the samples `index` [B], against step 2's posterior (target soft_q),
+        which follows from the teacher and is never stored, or against the resampled label (argmax_f)."""
+        if target == "argmax_f":
+            teacher, labels, clean_prob, corruption = None, self.resampled_label[index], None, None
         else:
-            labels, clean_prob, corruption = self.labels[index], self.clean_prob[index], self.corruption
-        return ops.posterior_loss(logits, teacher_logits, labels, clean_prob, corruption, kind, confidence, delta)
+            teacher, labels = self.teacher[index], self.labels[index]
+            clean_prob, corruption = self.clean_prob[index], self.corruption
+        return ops.posterior_loss(logits, teacher, labels, clean_prob, corruption, kind, confidence, delta)
+
+    def entropy(self, kind: str) -> Tensor:
+        """Of each posterior [N], as a share of log C."""
+        found = torch.zeros_like(self.clean_prob)
+        for index in torch.arange(len(found), device=found.device).split(PIECE):
+            labels, clean_prob = self.labels[index], self.clean_prob[index]
+            q = ops.posterior(self.teacher[index], labels, clean_prob, self.corruption, kind)
+            found[index] = torch.special.entr(q).sum(dim=1) / math.log(self.num_classes)
+        return found
 
     def merged_classes(self) -> list[tuple[int, int]]:
         """Pairs (gone, into): classes of which fewer than a tenth as many samples are resampled as were observed, and
@@ -146,11 +159,14 @@ class EMState:
         gone = (calls.sum(dim=0) < 0.1 * calls.sum(dim=1)).nonzero()[:, 0].tolist()
         return [(label, int(calls[label].argmax())) for label in gone]
 
-    def ailments(self, agreement: float, names: Sequence[str]) -> dict[str, str]:
-        """What a sound cycle does not do: what it is called, and a sentence with what to try.
+    @property
+    def agreement(self) -> float:
+        """Share of the samples that both networks call the same."""
+        agree = self.agree[self.reviews.used] if self.reviews else self.agree
+        return agree.double().mean().item()
 
-        names [C] of the classes; agreement: share of samples that both networks call the same.
-        """
+    def ailments(self, names: Sequence[str]) -> dict[str, str]:
+        """What a sound cycle does not do: what it is called, and a sentence with what to try. names [C] of classes."""
         found = {
             f"merged {names[gone]}": f"class {names[gone]!r} has all but vanished from the refurbished labels: its "
             f"samples are called {names[into]!r}. The cycle merges classes; cycle.aligned, optim.ema_decay and a "
@@ -171,48 +187,57 @@ class EMState:
         if empty := [names[label] for label in (clean == 0).nonzero()[:, 0].tolist()]:
             which = ", ".join(map(repr, empty[:3])) + f" and {len(empty) - 3} more" * (len(empty) > 3)
             found["none clean"] = f"no label {which} counts as right: look at its images; a longer cycle.warmup helps"
-        if agreement < 1 / self.num_classes:
+        if self.agreement < 1 / self.num_classes:
             found["disagreement"] = (
-                f"the two networks agree on {agreement:.1%} of the images, less than by chance: one of them has not "
-                "learned; a lower optim.lr and a longer cycle.warmup help"
+                f"the two networks agree on {self.agreement:.1%} of the images, less than by chance: one of them has "
+                "not learned; a lower optim.lr and a longer cycle.warmup help"
             )
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "reviews"}
+        kept = [field.name for field in fields(self) if field.name not in ("reviews", "teacher")]
+        return {name: getattr(self, name) for name in kept}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name in self.state_dict():
             setattr(self, name, state[name].to(self.labels.device))
 
 
-class Resampling:
-    """One pass of the auxiliary network over all samples: resampled labels, eps, T_c and the alignment weights."""
+class Expectation:
+    """Steps 1 and 2 for all samples, in one look through both networks: w, resampled labels, eps; gamma and T_c."""
 
     def __init__(self, state: EMState, kind: str):
         self.state, self.kind = state, kind
         self.sums = ops.AuxEStep.empty(0, state.num_classes, state.labels.device)
+        # the op knows one gamma for all: the odds of each label's own go to its eps
+        self.gamma = torch.full_like(state.gamma, 0.5)
+        self.odds = ((1 - state.clean_rate) / state.clean_rate).float()
 
-    def add(self, index: Tensor, logits: Tensor) -> None:
-        """The samples `index` [B] with the auxiliary network's logits [B, C]."""
-        state = self.state
-        labels, clean_prob = state.labels[index], state.clean_prob[index]
-        out = self.sums.of_others(len(index))
-        step = ops.aux_estep(logits, labels, clean_prob, state.corruption, state.align, self.kind, out)
+    def add(self, index: Tensor, main: Tensor, teacher: Tensor) -> None:
+        """The samples `index` [B] with the main network's and the teacher's logits [B, C]."""
+        state, labels = self.state, self.state.labels[index]
+        eps = state.eps[index] * self.odds[labels]
+        out = torch.empty_like(eps), torch.zeros_like(self.gamma), self.sums.of_others(len(index))
+        found = ops.em_step(main, teacher, labels, self.gamma, eps, state.corruption, state.align, self.kind, out)
+        state.clean_prob[index], _, step = found
         state.resampled_label[index] = step.resampled_label
         state.suggested_label[index] = step.suggested_label
         state.suggested_prob[index] = step.suggested_prob
         state.eps[index] = step.eps
 
     def finish(self, aligned: bool, smoothing: float | None) -> None:
-        """T_c(y, j) proportional to smoothing/C + corrupted_sum, rows normalised, diagonal zero, or as it was without a
-        smoothing; new alignment."""
+        """T_c(y, j) proportional to smoothing/C + corrupted_sum, rows normalised, diagonal zero, and gamma the mean of
+        w; without a smoothing gamma_y and T_c stay as they were. New alignment."""
         state, c, reviews = self.state, self.state.num_classes, self.state.reviews
         state.pin()
         if reviews:  # decided labels counted as observed and clean, but it is the given ones that are spoken of
             self.sums.corrupted_sum.add_(reviews.corrected)
             self.sums.posterior_sum.add_(reviews.corrected - reviews.corrected.sum(dim=1).diag())
+        unknown = state.clean_prob[reviews.free] if reviews else state.clean_prob
+        if len(unknown):  # some that nobody has decided
+            state.gamma = unknown.mean(dtype=torch.float64)
         if smoothing is not None:
+            state.clean_rate = state.gamma.clamp(*RATES).expand(c).clone()
             off_diagonal = 1 - torch.eye(c, dtype=torch.float64, device=state.labels.device)
             counts = (self.sums.corrupted_sum + smoothing / c) * off_diagonal
             state.corruption = (counts / counts.sum(dim=1, keepdim=True).clamp_min(1e-300)).float()
@@ -227,7 +252,7 @@ class Resampling:
 
 
 class Anchors:
-    """P(observed j | true y) from the auxiliary network's word on the observed labels, in two looks at all samples.
+    """P(observed j | true y) from the teacher's word on the observed labels, in two looks at all samples.
 
     Half of it are anchors: what the network expects to be observed where it is surest of class y, on average over the
     surest tenth of a class's fair share of the samples (Patrini et al. 2017, "Making Deep Neural Networks Robust to
@@ -237,7 +262,7 @@ class Anchors:
     """
 
     def __init__(self, labels: Tensor, num_classes: int):
-        self.labels, self.c = labels, num_classes
+        self.c = num_classes
         self.of_label = torch.bincount(labels, minlength=num_classes)  # [C]
         self.count = max(len(labels) // (10 * num_classes), 1)
         zeros = torch.zeros(num_classes, dtype=torch.float64, device=labels.device)
@@ -245,17 +270,17 @@ class Anchors:
         self.confidence, self.rows = zeros, zeros.new_zeros(num_classes, num_classes)  # sums
         self.joint = torch.zeros_like(self.rows)
 
-    def look(self, index: Tensor, logits: Tensor) -> None:
-        """First: how sure the network is of each class, and of the label, with logits [B, C] of samples `index` [B]."""
-        f, labels = logits.float().softmax(dim=1), self.labels[index]
+    def look(self, labels: Tensor, logits: Tensor) -> None:
+        """First: how sure the network is of each class, and of the labels [B], with logits [B, C]."""
+        f = logits.float().softmax(dim=1)
         found = torch.cat([self.surest, f.t()], dim=1)  # [C, count + B]
         self.surest = found.topk(min(self.count, found.shape[1]), dim=1).values
         own = f.gather(1, labels[:, None])[:, 0].double()
         self.confidence = self.confidence.index_add(0, labels, own)
 
-    def add(self, index: Tensor, logits: Tensor) -> None:
-        """Second, with the same logits."""
-        f, labels = logits.float().softmax(dim=1), self.labels[index]
+    def add(self, labels: Tensor, logits: Tensor) -> None:
+        """Second, with the same."""
+        f = logits.float().softmax(dim=1)
         anchors = (f >= self.surest[:, -1]).double()  # [B, C]
         self.rows += anchors.t() @ f.double()
         confident = f >= (self.confidence / self.of_label.clamp_min(1)).float()  # [B, C]

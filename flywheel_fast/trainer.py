@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -208,10 +207,10 @@ class Trainer:
                 row["reviewed"] = sum(self._reviewed())
             if true is not None:
                 row["true_clean"] = float(np.mean(true == self.train_set.labels))
-            if cycle.cycling(epoch):
+            if cycle.expecting(epoch):
                 alive = cycle.state.num_classes - len(cycle.state.merged_classes())
                 gamma = self._given_clean_prob().mean(dtype=torch.float64).item()  # of all, decided ones too
-                row |= {"gamma": gamma, "classes_alive": alive, "agreement": cycle.agreement}
+                row |= {"gamma": gamma, "classes_alive": alive, "agreement": cycle.state.agreement}
                 if true is not None:
                     row |= self._quality(true)
         return row
@@ -285,8 +284,7 @@ class Trainer:
 
     def _ailments(self) -> dict[str, str]:
         """Of the last cycle, after a resumption too; none before the first."""
-        row = self.history[-1]
-        return self.cycle.state.ailments(row["agreement"], self.train_set.classes) if "agreement" in row else {}
+        return self.cycle.state.ailments(self.train_set.classes) if "agreement" in self.history[-1] else {}
 
     # -- end -----------------------------------------------------------------------------------------------------------
 
@@ -311,7 +309,6 @@ class Trainer:
 
     def _labels(self) -> audit.Labels:
         train_set, state = self.train_set, self.cycle.state
-        entropy, agree = self._last_look()
         suspicion = state.suspicion.cpu().numpy()
         return audit.Labels(
             root=train_set.root,
@@ -322,24 +319,12 @@ class Trainer:
             clean_prob=self._given_clean_prob().cpu().numpy(),
             suggested=state.suggested_label.cpu().numpy(),
             suggested_prob=state.suggested_prob.cpu().numpy(),
-            entropy=entropy.cpu().numpy(),
-            networks_agree=agree.cpu().numpy(),
+            entropy=state.entropy(self.config.cycle.posterior).cpu().numpy(),
+            networks_agree=state.agree.cpu().numpy(),
             times_suspected=np.unpackbits(suspicion[:, None], axis=1).sum(axis=1, dtype=np.uint8),
             posterior_sum=state.posterior_sum.cpu().numpy(),
             reviewed=train_set.reviewed,
         )
-
-    def _last_look(self) -> tuple[Tensor, Tensor]:
-        """Entropy of each posterior [N] as a share of log C, and whether the networks agree [N]."""
-        cycle, state = self.cycle, self.cycle.state
-        entropy, agree = torch.zeros_like(state.clean_prob), torch.zeros_like(state.labels, dtype=torch.bool)
-        for index, (clean,) in self.loader.sweep():
-            main, aux = cycle.main.predict(clean), cycle.aux.predict(clean)
-            labels, clean_prob = state.labels[index], state.clean_prob[index]
-            q = ops.posterior(aux, labels, clean_prob, state.corruption, cycle.config.posterior)
-            entropy[index] = torch.special.entr(q).sum(dim=1).float() / math.log(state.num_classes)
-            agree[index] = main.argmax(dim=1) == aux.argmax(dim=1)
-        return entropy, agree
 
     def _record(self) -> dict:
         """For result.json: what tables of runs are made of."""

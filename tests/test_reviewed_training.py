@@ -17,7 +17,7 @@ from flywheel_fast.data import reviews, sources
 from flywheel_fast.data.manifest import DROPPED, NOT_REVIEWED
 from flywheel_fast.data.pipelines import Loader, ViewsConfig
 from flywheel_fast.data.reviews import Review
-from flywheel_fast.em import EMState, Resampling
+from flywheel_fast.em import EMState, Expectation
 
 HEADER = ",".join(reviews.COLUMNS) + "\n"
 GIVEN = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -35,12 +35,10 @@ def stepped(reviewed, kind="mixture", smoothing=0.0):
     state.review(GIVEN, reviewed)
     index = torch.arange(6) if reviewed is None else (reviewed != -2).nonzero()[:, 0]
     logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)) * 3
-    state.main_estep(index, logits[index])
-    state.pin()
-    resampling = Resampling(state, kind)
-    resampling.add(index, logits[index])
-    resampling.finish(aligned=True, smoothing=smoothing)
-    state.update_gamma(by_class=False)
+    teacher = state.teach(index, logits[index], logits[index], both=True)
+    expectation = Expectation(state, kind)
+    expectation.add(index, logits[index], teacher)
+    expectation.finish(aligned=True, smoothing=smoothing)
     return state, logits
 
 
@@ -55,8 +53,8 @@ def test_a_decided_label_is_certain_in_every_step(kind):
     assert state.suspicion[:2].tolist() == [0, 0]
     index = torch.tensor([0, 1])
     onehot = torch.nn.functional.cross_entropy(logits[index] * 0.7, torch.tensor([2, 1]))
-    for teacher in (logits[index], None):  # the soft posterior, and the resampled label
-        loss = state.loss(index, logits[index] * 0.7, teacher, kind)
+    for target in ("soft_q", "argmax_f"):
+        loss = state.loss(index, logits[index] * 0.7, target, kind)
         torch.testing.assert_close(loss, onehot, rtol=1e-5, atol=1e-5)
 
 
