@@ -13,6 +13,7 @@ from PIL import Image
 from test_report import make_run
 
 from flywheel_fast import audit, review
+from flywheel_fast import labels as labels_io
 from flywheel_fast.data import reviews
 from flywheel_fast.data.manifest import DROPPED, NOT_REVIEWED, Manifest
 from flywheel_fast.data.reviews import Review
@@ -106,6 +107,30 @@ def test_how_right_the_suspicion_was(tmp_path):
     )
     found = reviews.summary(path)
     assert found["given_right"] == pytest.approx(1 / 3) and found["given_right_expected"] == pytest.approx(0.2)
+
+
+def test_the_corrected_labels_of_a_review_are_written_as_the_input_came(run, tmp_path):
+    found = audit.read_labels(run / "labels")
+    other = [found.classes[(k + 1) % 3] for k in found.given]
+    written(
+        tmp_path / "mine.csv",
+        *(Review(found.files[0], "keep", other[0]), Review(found.files[0], "pick", other[0])),
+        *(Review(found.files[1], "drop"), Review(found.files[2], "unsure")),
+    )
+    (run / "config.yaml").write_text("data: {source: folder, root: images}\n")
+    done = labels_io.import_(run, tmp_path / "mine.csv")
+    with open(done.corrected, newline="") as file:
+        rows = {row["file_name"]: row["label"] for row in csv.DictReader(file)}
+    given = dict(zip(found.files.tolist(), (found.classes[k] for k in found.given), strict=True))
+    assert rows == {file: label for file, label in given.items() if file != found.files[1]} | {found.files[0]: other[0]}
+    assert (done.reviewed, done.changed) == (2, 2)
+
+    table = found.root / "all.csv"
+    table.write_text("file_name,label,more\n" + "".join(f'"{file}",{label},x\n' for file, label in given.items()))
+    (run / "config.yaml").write_text(f"data: {{source: csv, root: {table}}}\n")
+    done = labels_io.import_(run, tmp_path / "mine.csv", tmp_path / "again.csv")
+    with open(done.corrected, newline="") as file:
+        assert {row["file_name"]: row["label"] for row in csv.DictReader(file) if row["more"] == "x"} == rows
 
 
 # -- the order ---------------------------------------------------------------------------------------------------------

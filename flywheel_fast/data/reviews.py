@@ -131,6 +131,12 @@ def in_force(rows: list[Review]) -> list[Review]:
     return kept
 
 
+def labels_of(path: Path) -> dict[str, str]:
+    """File -> the label that stands, "" where it was dropped; none where nobody was sure."""
+    standing = {review.file: review for review in in_force(read(path)[0])}
+    return {file: review.label for file, review in standing.items() if review.decision != "unsure"}
+
+
 def of_manifest(path: Path, manifest: Manifest) -> np.ndarray:  # [N] int64
     """The class that a review gives each sample, else NOT_REVIEWED or DROPPED.
 
