@@ -160,7 +160,7 @@ def test_fifty_decisions_a_reload_and_a_kill_and_nothing_is_lost(reviewed_run, p
     page.close()
     said = server.end(signal.SIGINT)
     assert "1 labels reviewed" in said and f"train --resume {reviewed_run} data.reviews=" in said
-    rows, _ = reviews.read(reviewed_run / "reviews.csv")
+    rows = reviews.read(reviewed_run / "reviews.csv").rows
     assert [row.decision for row in rows].count("undo") == 50 and len(rows) == 101
     assert np.count_nonzero(state(reviewed_run) != NOT_REVIEWED) == 1
 

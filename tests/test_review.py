@@ -38,11 +38,11 @@ def manifest(n: int = 6, classes=NASTY, **more) -> Manifest:
 def test_what_is_written_is_read_whatever_the_names(tmp_path):
     found = [Review(f"{name}.png", "pick", name, NASTY[0], NASTY[1], 0.25) for name in NASTY]
     path = written(tmp_path / "reviews.csv", *found)
-    back, whole = reviews.read(path)
+    back, columns, whole = reviews.read(path)
     assert [(r.file, r.label, r.given, r.suggested, r.score) for r in back] == [
         (r.file, r.label, r.given, r.suggested, r.score) for r in found
     ]
-    assert whole == path.stat().st_size
+    assert whole == path.stat().st_size and tuple(columns) == reviews.COLUMNS
 
 
 def test_the_last_row_counts_and_an_undo_brings_back_the_one_before(tmp_path):
@@ -62,10 +62,10 @@ def test_a_last_line_that_was_cut_off_is_left_out_wherever_the_cut_is(tmp_path):
     first = len(HEADER) + len(reviews.as_line(Review("0.png", "drop")))
     for cut in range(first, len(content) - 1):
         path.write_bytes(content[:cut])
-        found, whole = reviews.read(path)
+        found, _, whole = reviews.read(path)
         assert [r.file for r in found] == ["0.png"] and whole == first, content[:cut]
     path.write_bytes(content[:-1])  # an editor's last line
-    assert len(reviews.read(path)[0]) == 2
+    assert len(reviews.read(path).rows) == 2
 
 
 @pytest.mark.parametrize(
@@ -287,6 +287,15 @@ def test_a_review_goes_on_where_it_was_cut_off(run):
     third.decide(5, "drop", None)
     assert set(third.standing()) == {0, 1, 5}
     third.close()
+
+
+def test_a_table_from_elsewhere_is_gone_on_with_in_its_own_columns(run):
+    file = audit.read_labels(run / "labels").files[3]
+    (run / "reviews.csv").write_text(f'mine,label,decision,file_name\nx,class 0,pick,"{file}"\n')
+    reviewing = review.Reviewing(run)
+    reviewing.decide(3, "drop", None)
+    reviewing.close()
+    assert [row.decision for row in reviews.read(run / "reviews.csv").rows] == ["pick", "drop"]
 
 
 def test_reviews_of_another_run_are_refused(run):
