@@ -4,6 +4,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from flywheel_fast.audit import Labels, calibration
+from flywheel_fast.data.manifest import NOT_REVIEWED
 
 LEFT, RIGHT, TOP, BOTTOM = 46, 344, 12, 194  # edges of the plot in the drawing
 Line = tuple[str, np.ndarray, np.ndarray]  # name, x [K], y [K], none of them nan
@@ -38,10 +39,16 @@ def over_epochs(title: str, lines: list[Line], percent: bool = True) -> dict:
 
 
 def reliability(labels: Labels) -> dict | None:
-    """Score against share of right labels, in ten bins; with the expected calibration error. None without the truth."""
+    """Score against share of right labels, in ten bins; with the expected calibration error. None without the truth.
+
+    Of labels that nobody has reviewed: a decision is no estimate.
+    """
     if labels.true is None:
         return None
-    found = calibration(labels.clean_prob, labels.given == labels.true)
+    own = slice(None) if labels.reviewed is None else labels.reviewed == NOT_REVIEWED
+    if not len(labels.given[own]):
+        return None
+    found = calibration(labels.clean_prob[own], (labels.given == labels.true)[own])
     across, up = _scale(0, 1, LEFT, RIGHT), _scale(0, 1, BOTTOM, TOP)
     ideal, dots = np.array([0.0, 1.0]), (across(found.score), up(found.right))
     share = [(value, f"{value:.0%}") for value in (0, 0.25, 0.5, 0.75, 1)]

@@ -23,6 +23,7 @@ from PIL import Image
 
 from flywheel_fast.audit import Labels, read_labels
 from flywheel_fast.checkpoint import write_atomic
+from flywheel_fast.data import reviews
 from flywheel_fast.data.sources.folders import TEST_FOLDERS
 from flywheel_fast.errors import BadInput, Failure
 
@@ -172,7 +173,7 @@ def _as_name(text: str) -> str:
 
 
 def read(path: Path, root: Path | None = None) -> dict[str, str]:
-    """{file: label} of a file or folder in any of the formats, or of a run folder its given labels.
+    """{file: label} of a file or folder in any of the formats, or of a run folder its given labels; "" was dropped.
 
     `root`: of the images, for formats that name absolute paths. Raises BadInput naming what cannot be understood, and
     for a file that has two labels.
@@ -210,7 +211,11 @@ NOT_UNDERSTOOD = (
 
 def _read_csv(path: Path, root: Path | None) -> Iterator[tuple[str, str]]:
     with open(path, newline="", encoding="utf-8-sig") as file:
-        for row in csv.DictReader(file):
+        rows = csv.DictReader(file)
+        if "decision" in (rows.fieldnames or ()):
+            yield from reviews.labels_of(path).items()
+            return
+        for row in rows:
             if row["label"]:  # emptied: not decided
                 yield row["file_name"], row["label"]
 
@@ -277,13 +282,14 @@ def import_(run: Path, path: Path, out: Path | None = None, links: Path | None =
     for file, label in answers.items():
         if file not in given:
             raise BadInput(f"{path}: {file!r} is no training file of {run}; was it exported from another run?")
-        if label not in labels.classes:
+        if label and label not in labels.classes:
             raise BadInput(
                 f"{path}: {file!r} is labelled {label!r}, which is no class of {run}; correct it or empty it"
             )
-    corrected = given | answers
+    dropped = {file for file, label in answers.items() if not label}
+    corrected = {file: label for file, label in (given | answers).items() if label}
     out = out or run / "review" / "corrected.csv"
-    _write_table(*_as_it_came(run, labels.root, corrected), out)
+    _write_table(*_as_it_came(run, labels.root, corrected, dropped), out)
     if links:
         link_tree(labels, corrected, links / "train")
         for test in TEST_FOLDERS:
@@ -292,7 +298,9 @@ def import_(run: Path, path: Path, out: Path | None = None, links: Path | None =
     return Imported(out, len(answers), sum(label != given[file] for file, label in answers.items()))
 
 
-def _as_it_came(run: Path, root: Path, corrected: dict[str, str]) -> tuple[list[str], Iterable[Sequence]]:
+def _as_it_came(
+    run: Path, root: Path, corrected: dict[str, str], dropped: set[str]
+) -> tuple[list[str], Iterable[Sequence]]:
     """Header and rows: those of the run's CSV file with other labels, else file_name and label."""
     data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
     if data["source"] != "csv" or Path(data["root"]).suffix.lower() != ".csv":  # folders, Parquet, an imagefolder
@@ -305,6 +313,7 @@ def _as_it_came(run: Path, root: Path, corrected: dict[str, str]) -> tuple[list[
         raise BadInput(f"{source}: the run's CSV file cannot be read ({error.strerror}); put it back") from error
     name = header.index("file_name" if "file_name" in header else "image_path")
     label = header.index("label")
+    rows = [row for row in rows if row[name] not in dropped]
     for row in rows:
         row[label] = corrected.get(row[name], row[label])
     return header, rows

@@ -79,7 +79,7 @@ class Reviewing:
         self.history = self._history()  # what no undo has taken back, in order
 
     def _history(self) -> list[Review]:
-        rows, whole = reviews.read(self.path)
+        rows, self.columns, whole = reviews.read(self.path)
         self._make_whole(whole)
         self.number = {file: i for i, file in enumerate(self.labels.files.tolist())}
         for review in rows:
@@ -123,7 +123,7 @@ class Reviewing:
         about = {"given": names[given], "suggested": names[suggested], "score": float(of.clean_prob[sample])}
         review = Review(str(of.files[sample]), decision, name, **about)
         with self.writing:
-            self._append(reviews.as_line(review))
+            self._append(reviews.as_line(review, self.columns))
             self.history.append(review)
         return decision, label
 
@@ -132,7 +132,7 @@ class Reviewing:
         with self.writing:
             if not self.history:
                 return None
-            self._append(reviews.as_line(Review(self.history[-1].file, "undo")))
+            self._append(reviews.as_line(Review(self.history[-1].file, "undo"), self.columns))
             return self.number[self.history.pop().file]
 
     def close(self) -> None:

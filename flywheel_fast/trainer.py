@@ -124,13 +124,15 @@ class Trainer:
 
     def _with_time_for_reviews(self, config: Config, saved: dict) -> Config:
         """A run that has ended learns what was reviewed since in a quarter more epochs: there a cosine schedule, drawn
-        out to the new end, stands at a tenth of its peak."""
-        done = len(saved["history"])
-        if done < config.optim.epochs or self._reviews_digest() == saved.get("reviews"):
-            return config
-        more = max(round(done / 4), 1)
-        self.screen.say(f"reviews have changed since: going on to epoch {done + more} (optim.epochs sets another end)")
-        return replace(config, optim=replace(config.optim, epochs=done + more))
+        out to the new end, stands at a tenth of its peak. Cut off on the way, it still goes to that end."""
+        done, end = len(saved["history"]), config.optim.epochs
+        if self._reviews_digest() != saved.get("reviews"):
+            if done >= end:
+                end = done + max(round(done / 4), 1)
+                self.screen.say(f"reviews have changed since: going on to epoch {end} (optim.epochs sets another end)")
+        elif self.reviews:
+            end = max(end, saved["config"]["optim"]["epochs"])
+        return replace(config, optim=replace(config.optim, epochs=end))
 
     def _reviews_digest(self) -> str | None:
         reviewed = self.train_set.reviewed

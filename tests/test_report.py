@@ -116,13 +116,13 @@ def test_what_was_reviewed_and_what_it_changed(tmp_path):
 
     said = {"decisions": {"keep": 9, "accept": 1030, "drop": 1}, "given_right": 0.25, "given_right_expected": 0.125}
     page = page_of(make_run(tmp_path / "run", drawn(60, 3, tmp_path), with_reviewed("", "", 40), reviews=said))
-    assert "1,040 decisions: 9 labels kept, 1,030 changed to the suggestion, 0 to another class" in page.said()
+    assert "1,040 decisions. Labels kept: 9; changed to the suggestion: 1,030, to another class: 0;" in page.said()
     assert "25.0% of the labels that were decided on had been right as given" in page.said()
     assert "12.5% expect" in page.said()
-    assert "test accuracy, auxiliary 0.7500 0.9000" in page.said() and "after 1 epochs" in page.said()
+    assert "test accuracy, auxiliary 0.7500 0.9000" in page.said() and "after 1 epoch" in page.said()
     unsure = {"decisions": {"unsure": 2}}
     page = page_of(make_run(tmp_path / "fresh", drawn(60, 3, tmp_path), with_reviewed(40, 40, 40), reviews=unsure))
-    assert "2 decisions" in page.said() and "2 left open" in page.said() and "0.7500" not in page.said()
+    assert "2 decisions" in page.said() and "left open: 2" in page.said() and "0.7500" not in page.said()
     assert "How right the suspicion was" not in page.said()
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from test_report import make_run
 
 from flywheel_fast import audit, review
+from flywheel_fast import labels as labels_io
 from flywheel_fast.data import reviews
 from flywheel_fast.data.manifest import DROPPED, NOT_REVIEWED, Manifest
 from flywheel_fast.data.reviews import Review
@@ -37,11 +38,11 @@ def manifest(n: int = 6, classes=NASTY, **more) -> Manifest:
 def test_what_is_written_is_read_whatever_the_names(tmp_path):
     found = [Review(f"{name}.png", "pick", name, NASTY[0], NASTY[1], 0.25) for name in NASTY]
     path = written(tmp_path / "reviews.csv", *found)
-    back, whole = reviews.read(path)
+    back, columns, whole = reviews.read(path)
     assert [(r.file, r.label, r.given, r.suggested, r.score) for r in back] == [
         (r.file, r.label, r.given, r.suggested, r.score) for r in found
     ]
-    assert whole == path.stat().st_size
+    assert whole == path.stat().st_size and tuple(columns) == reviews.COLUMNS
 
 
 def test_the_last_row_counts_and_an_undo_brings_back_the_one_before(tmp_path):
@@ -61,10 +62,10 @@ def test_a_last_line_that_was_cut_off_is_left_out_wherever_the_cut_is(tmp_path):
     first = len(HEADER) + len(reviews.as_line(Review("0.png", "drop")))
     for cut in range(first, len(content) - 1):
         path.write_bytes(content[:cut])
-        found, whole = reviews.read(path)
+        found, _, whole = reviews.read(path)
         assert [r.file for r in found] == ["0.png"] and whole == first, content[:cut]
     path.write_bytes(content[:-1])  # an editor's last line
-    assert len(reviews.read(path)[0]) == 2
+    assert len(reviews.read(path).rows) == 2
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,30 @@ def test_how_right_the_suspicion_was(tmp_path):
     )
     found = reviews.summary(path)
     assert found["given_right"] == pytest.approx(1 / 3) and found["given_right_expected"] == pytest.approx(0.2)
+
+
+def test_the_corrected_labels_of_a_review_are_written_as_the_input_came(run, tmp_path):
+    found = audit.read_labels(run / "labels")
+    other = [found.classes[(k + 1) % 3] for k in found.given]
+    written(
+        tmp_path / "mine.csv",
+        *(Review(found.files[0], "keep", other[0]), Review(found.files[0], "pick", other[0])),
+        *(Review(found.files[1], "drop"), Review(found.files[2], "unsure")),
+    )
+    (run / "config.yaml").write_text("data: {source: folder, root: images}\n")
+    done = labels_io.import_(run, tmp_path / "mine.csv")
+    with open(done.corrected, newline="") as file:
+        rows = {row["file_name"]: row["label"] for row in csv.DictReader(file)}
+    given = dict(zip(found.files.tolist(), (found.classes[k] for k in found.given), strict=True))
+    assert rows == {file: label for file, label in given.items() if file != found.files[1]} | {found.files[0]: other[0]}
+    assert (done.reviewed, done.changed) == (2, 2)
+
+    table = found.root / "all.csv"
+    table.write_text("file_name,label,more\n" + "".join(f'"{file}",{label},x\n' for file, label in given.items()))
+    (run / "config.yaml").write_text(f"data: {{source: csv, root: {table}}}\n")
+    done = labels_io.import_(run, tmp_path / "mine.csv", tmp_path / "again.csv")
+    with open(done.corrected, newline="") as file:
+        assert {row["file_name"]: row["label"] for row in csv.DictReader(file) if row["more"] == "x"} == rows
 
 
 # -- the order ---------------------------------------------------------------------------------------------------------
@@ -262,6 +287,15 @@ def test_a_review_goes_on_where_it_was_cut_off(run):
     third.decide(5, "drop", None)
     assert set(third.standing()) == {0, 1, 5}
     third.close()
+
+
+def test_a_table_from_elsewhere_is_gone_on_with_in_its_own_columns(run):
+    file = audit.read_labels(run / "labels").files[3]
+    (run / "reviews.csv").write_text(f'mine,label,decision,file_name\nx,class 0,pick,"{file}"\n')
+    reviewing = review.Reviewing(run)
+    reviewing.decide(3, "drop", None)
+    reviewing.close()
+    assert [row.decision for row in reviews.read(run / "reviews.csv").rows] == ["pick", "drop"]
 
 
 def test_reviews_of_another_run_are_refused(run):

@@ -12,6 +12,7 @@ from test_train import SHORT, flywheel, refused, rows
 from toy import C, make
 from toy import run as run_toy
 
+from benchmarks import review as bench
 from flywheel_fast import audit
 from flywheel_fast.data import reviews, sources
 from flywheel_fast.data.manifest import DROPPED, NOT_REVIEWED
@@ -197,5 +198,23 @@ def test_a_fresh_run_and_plain_cross_entropy_learn_what_the_reviews_say(tmp_path
     assert flywheel(*words, "--out", "cycle", cwd=tmp_path).returncode == 0
     assert rows(tmp_path / "cycle")[-1]["reviewed"] == "200"
     assert np.array_equal(audit.read_labels(tmp_path / "cycle/labels").suggested[:199], following[:199])
-    result = flywheel(*words, "cycle.kind=cross_entropy", "optim.epochs=20", "--out", "plain", cwd=tmp_path)
+    result = flywheel(
+        *words, "cycle.kind=cross_entropy", "optim.epochs=20", "optim.ema_decay=0", "--out", "plain", cwd=tmp_path
+    )
     assert result.returncode == 0 and float(rows(tmp_path / "plain")[-1]["test_acc_main"]) < 0.05
+
+
+def test_the_benchmark_of_reviewing_in_small(tmp_path):
+    words = ["optim.epochs=2", "cycle.warmup=1", "data.train_size=100", "data.test_size=50"]
+    made = bench.measure("pair .25", 0, words, (0.0, 0.1), tmp_path)
+    assert [(row["order"], row["reviewed"]) for row in made] == [
+        (name, count) for name in bench.ORDERS for count in (0, 10)
+    ]
+    for name in bench.ORDERS:
+        folder = tmp_path / f"{name}-0.1"
+        after = audit.read_labels(folder / "labels")
+        decided = after.reviewed != NOT_REVIEWED
+        assert decided.sum() == 10 and np.array_equal(after.reviewed[decided], after.true[decided])
+        assert len(rows(folder)) == 3  # two epochs, and a quarter of them, which is one
+    written_rows = bench.table(made).splitlines()
+    assert len(written_rows) == 2 + 1 + 3 and "| pair .25 | 10% | random |" in written_rows[-1]

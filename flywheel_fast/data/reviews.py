@@ -10,9 +10,10 @@ import datetime
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,11 +38,14 @@ class Review:
     line: int = 0  # of the file; 0: not from one
 
 
-def read(path: Path) -> tuple[list[Review], int]:
-    """All rows in order, and the length in bytes of those that are whole: a last line that was cut off is left out.
+class Table(NamedTuple):
+    rows: list[Review]
+    columns: list[str]
+    whole: int  # bytes; less than the file has where its last line was cut off, which is left out
 
-    Raises BadInput naming the row.
-    """
+
+def read(path: Path) -> Table:
+    """All rows in order. Raises BadInput naming the row."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -67,7 +71,7 @@ def read(path: Path) -> tuple[list[Review], int]:
         found.append(_review(path, line, dict(zip(header, row, strict=True))))
         last = line
     mark = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
-    return found, mark + len("".join(lines[:last]).encode())
+    return Table(found, header, mark + len("".join(lines[:last]).encode()))
 
 
 def _rows(path: Path, lines: list[str]) -> Iterator[tuple[int, list[str]]]:
@@ -108,13 +112,14 @@ def _review(path: Path, line: int, row: dict[str, str]) -> Review:
     )
 
 
-def as_line(review: Review) -> bytes:
-    """The row as it is appended, the time being now."""
-    text = io.StringIO()
+def as_line(review: Review, columns: Sequence[str] = COLUMNS) -> bytes:
+    """The row as it is appended to a file of these columns, the time being now."""
     score = "" if review.score is None else f"{review.score:.6f}"
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    row = (review.file, review.decision, review.label, review.given, review.suggested, score, now)
-    csv.writer(text, lineterminator="\n").writerow(row)
+    cells = (review.file, review.decision, review.label, review.given, review.suggested, score, now)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writerow(dict(zip(COLUMNS, cells, strict=True)))
     return text.getvalue().encode()
 
 
@@ -131,16 +136,26 @@ def in_force(rows: list[Review]) -> list[Review]:
     return kept
 
 
+def standing(path: Path) -> dict[str, Review]:
+    """File -> the decision that counts."""
+    return {review.file: review for review in in_force(read(path).rows)}
+
+
+def labels_of(path: Path) -> dict[str, str]:
+    """File -> the label that stands, "" where it was dropped; none where nobody was sure."""
+    return {file: review.label for file, review in standing(path).items() if review.decision != "unsure"}
+
+
 def of_manifest(path: Path, manifest: Manifest) -> np.ndarray:  # [N] int64
     """The class that a review gives each sample, else NOT_REVIEWED or DROPPED.
 
     Raises BadInput for a review of a file that is none of the manifest's, or with a label that is none of its classes.
     """
     number = {name: label for label, name in enumerate(manifest.classes)}
-    standing = {review.file: review for review in in_force(read(path)[0])}
-    rows = {file: row for row, file in enumerate(manifest.files.tolist()) if file in standing}
+    found = standing(path)
+    rows = {file: row for row, file in enumerate(manifest.files.tolist()) if file in found}
     reviewed = np.full(len(manifest), NOT_REVIEWED, np.int64)
-    for file, review in standing.items():
+    for file, review in found.items():
         if file not in rows:
             raise BadInput(
                 f"data.reviews {path}: row {review.line} names {file!r}, which is no training file of {manifest.root}; "
@@ -160,9 +175,9 @@ def of_manifest(path: Path, manifest: Manifest) -> np.ndarray:  # [N] int64
 def summary(path: Path) -> dict:
     """Standing decisions by kind, and how right the suspicion was: of those that name a label, the share whose given
     label was right, and the share that their scores made expect."""
-    standing = {review.file: review for review in in_force(read(path)[0])}.values()
-    scored = [review for review in standing if review.decision in LABELLING and review.score is not None]
-    found: dict = {"decisions": dict(Counter(review.decision for review in standing).most_common())}
+    decided = standing(path).values()
+    scored = [review for review in decided if review.decision in LABELLING and review.score is not None]
+    found: dict = {"decisions": dict(Counter(review.decision for review in decided).most_common())}
     if scored:
         right = sum(review.label == review.given for review in scored)
         found |= {"given_right": right / len(scored)}
