@@ -181,6 +181,7 @@ def test_cvats_own_importer(tmp_path):
     datumaro = pytest.importorskip("datumaro")
     run, found = make_run(tmp_path)
     out, _ = labels.export(run, "cvat")
+    (out / "images").symlink_to(found.root)
     data_set = datumaro.Dataset.import_from(str(out / "annotations.xml"), "cvat")
     names = [label.name for label in data_set.categories()[datumaro.AnnotationType.label]]
     assert names == list(NAMES)
