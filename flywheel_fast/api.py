@@ -93,13 +93,16 @@ def train(
     [N]; a torchvision data set or any sequence of (PIL image, label); None: the data of the config.
     `labels`, `true_labels` [N]: numbers, or class names; `classes` [C]: names of the numbers.
     `test`: (images, labels), or such a sequence, to be tested on; without it a share of the images is set aside.
-    `changes`: words as on the command line, such as "optim.epochs=8".
+    `changes`: words as on the command line, such as "optim.epochs=8". Noise is added where they say so, whatever the
+    config has for data of its own.
     `out`: the run's folder, which must be new (default: runs/NAME).
 
     Arrays and sequences are written once as PNG files into the cache; image i of the training set is train/000000i.png.
     Raises BadInput for what cannot be trained on.
     """
     words = [*_data(images, labels, classes, true_labels, test), *changes]
+    if images is not None:
+        words.insert(0, "data.noise.kind=none")  # a config's noise belongs to the config's data
     settings = configs.load(Config, config, words)
     folder = run_folder.create(str(out) if out else None, settings.name, overwrite=False, resuming=False)
     try:

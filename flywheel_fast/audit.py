@@ -113,6 +113,13 @@ def calibration(clean_prob: np.ndarray, right: np.ndarray, bins: int = 10) -> Ca
     return Calibration(score, share, count[used], float(np.average(np.abs(score - share), weights=count[used])))
 
 
+def share_between(count: int, of: int) -> tuple[float, float]:
+    """The 95 % interval of a share of which `count` in `of` were seen (Wilson, JASA 1927)."""
+    z2 = 1.96**2
+    centre, reach = (count + z2 / 2) / (of + z2), np.sqrt(z2 * (count * (of - count) / of + z2 / 4)) / (of + z2)
+    return float(max(centre - reach, 0)), float(min(centre + reach, 1))
+
+
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 

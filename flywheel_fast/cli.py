@@ -223,6 +223,8 @@ def _labels_import(args: argparse.Namespace) -> None:
 
     done = labels.import_(Path(args.reviewed), Path(args.answers), _path(args.o), _path(args.links))
     print(f"{done.reviewed:,} labels reviewed, {done.changed:,} of them changed: {done.corrected}")
+    if measured := done.measured():
+        print(measured)
 
 
 def _labels_diff(args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from flywheel_fast.audit import Labels, read_labels
+from flywheel_fast.audit import Labels, read_labels, share_between
 from flywheel_fast.checkpoint import write_atomic
 from flywheel_fast.data import reviews
 from flywheel_fast.data.sources.folders import TEST_FOLDERS
@@ -265,6 +265,20 @@ class Imported:
     corrected: Path  # CSV: every training file with its label now
     reviewed: int  # files that had an answer
     changed: int  # of them, those whose label is another now
+    suspects: int  # of them, those that the run suspected
+    kept: int  # of the suspects, those whose label was right after all
+    expected: float  # share of the suspects that their scores let expect to be right; nan without one
+
+    def measured(self) -> str:
+        """What the review says of the run's promise; nothing where no suspect was reviewed."""
+        if not self.suspects:
+            return ""
+        low, high = share_between(self.kept, self.suspects)
+        share = self.kept / self.suspects
+        return (
+            f"{self.kept:,} of {self.suspects:,} suspects kept their label: {share:.0%} false alarms "
+            f"({low:.0%} to {high:.0%}, were they drawn by chance) where the scores announced {self.expected:.0%}"
+        )
 
 
 def import_(run: Path, path: Path, out: Path | None = None, links: Path | None = None) -> Imported:
@@ -295,7 +309,15 @@ def import_(run: Path, path: Path, out: Path | None = None, links: Path | None =
         for test in TEST_FOLDERS:
             if (labels.root / test).is_dir():
                 (links / test).symlink_to(labels.root / test)
-    return Imported(out, len(answers), sum(label != given[file] for file, label in answers.items()))
+    score = {labels.files[i]: float(labels.clean_prob[i]) for i in labels.suspects if labels.files[i] in answers}
+    return Imported(
+        corrected=out,
+        reviewed=len(answers),
+        changed=sum(label != given[file] for file, label in answers.items()),
+        suspects=len(score),
+        kept=sum(answers[file] == given[file] for file in score),
+        expected=sum(score.values()) / len(score) if score else float("nan"),
+    )
 
 
 def _as_it_came(

@@ -104,6 +104,13 @@ def test_what_arrays_and_data_sets_become(tmp_path):
     assert len(train) == len(test) == 12 and set(train.classes) <= {"0", "1"}
 
 
+def test_no_noise_is_added_to_labels_that_are_given(tmp_path):
+    images, labels = drawn(30)
+    run = ff.train(images, labels, config="digits", test=drawn(6), changes=FEW[:2], out=tmp_path / "run")
+    names = run.labels.classes
+    assert [names[k] for k in run.labels.given] == [str(label) for label in labels]
+
+
 def test_the_command_line_sees_the_same(run, tmp_path):
     """No second trainer: the config that was left repeats the run to the same scores."""
     run = run[0]

@@ -64,6 +64,18 @@ def test_calibration_of_scores_that_are_calibrated_and_of_some_that_are_not():
     assert audit.calibration(score, rng.random(100_000) < score / 2).error == pytest.approx(0.25, abs=0.01)
 
 
+def test_an_interval_holds_the_share_as_often_as_it_says():
+    """Against scipy's, and against draws."""
+    from scipy.stats import binomtest
+
+    for count, of in ((0, 15), (2, 3), (8, 40), (7, 7), (190, 1000)):
+        wanted = binomtest(count, of).proportion_ci(0.95, method="wilson")
+        assert audit.share_between(count, of) == pytest.approx((wanted.low, wanted.high), abs=1e-4)
+    counts = np.random.default_rng(0).binomial(60, 0.19, 2000)
+    held = [low <= 0.19 <= high for low, high in (audit.share_between(int(count), 60) for count in counts)]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.02)
+
+
 def test_suspects_come_first_and_each_group_from_the_worst_up():
     found = labels([0] * 6, [1, 0, 1, 1, 0, 1], [0.15, 0.01, 0.05, 0.9, 0.95, 0.05])
     assert found.order.tolist() == [2, 5, 0, 1, 3, 4]

@@ -77,7 +77,9 @@ def test_what_goes_out_comes_back(tmp_path, capsys, form):
     assert all("base64" not in text for text in written) and bool(written) != (form == "folder")
 
     assert cli.main(["labels", "import", str(run), str(out)]) == 0
-    assert capsys.readouterr().out == f"15 labels reviewed, 15 of them changed: {run / 'review' / 'corrected.csv'}\n"
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"15 labels reviewed, 15 of them changed: {run / 'review' / 'corrected.csv'}"
+    assert second.startswith("0 of 15 suspects kept their label: 0% false alarms (0% to 20%,")
     wanted = dict(zip(found.files.tolist(), (NAMES[k] for k in found.suggested), strict=True))
     corrected = rows_of(run / "review" / "corrected.csv")
     assert list(corrected[0]) == ["file_name", "label"]
@@ -181,6 +183,7 @@ def test_cvats_own_importer(tmp_path):
     datumaro = pytest.importorskip("datumaro")
     run, found = make_run(tmp_path)
     out, _ = labels.export(run, "cvat")
+    (out / "images").symlink_to(found.root)
     data_set = datumaro.Dataset.import_from(str(out / "annotations.xml"), "cvat")
     names = [label.name for label in data_set.categories()[datumaro.AnnotationType.label]]
     assert names == list(NAMES)
@@ -281,6 +284,20 @@ def test_emptied_cells_are_undecided_and_kept_labels_are_counted(tmp_path):
     (tmp_path / "mine.csv").write_text(f'file_name,label\n"{first}",\n"{second}","{given}"\n', encoding="utf-8")
     done = labels.import_(run, tmp_path / "mine.csv")
     assert (done.reviewed, done.changed) == (1, 0)
+
+
+def test_a_review_measures_the_false_alarms(tmp_path):
+    run, found = make_run(tmp_path)
+    three = found.suspects[:3]
+    answers = [(found.files[i], NAMES[found.given[i]]) for i in three[:2]]
+    answers += [(found.files[three[2]], NAMES[found.suggested[three[2]]]), (found.files[1], NAMES[found.given[1]])]
+    with open(tmp_path / "mine.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("file_name", "label"), *answers])
+    done = labels.import_(run, tmp_path / "mine.csv")
+    assert (done.reviewed, done.suspects, done.kept) == (4, 3, 2) and done.expected == pytest.approx(0.01)
+    assert done.measured().startswith("2 of 3 suspects kept their label: 67% false alarms (21% to 94%")
+    (tmp_path / "none.csv").write_text("file_name,label\n")
+    assert labels.import_(run, tmp_path / "none.csv", tmp_path / "o.csv").measured() == ""
 
 
 @pytest.mark.parametrize(
