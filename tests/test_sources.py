@@ -34,7 +34,7 @@ def edit(path: Path, old: str, new: str) -> None:
 
 @pytest.mark.parametrize("source", PUBLISHED)
 def test_every_miniature_opens_as_its_source(miniatures, source):
-    train, test, _ = load(DataConfig(source, str(miniatures / KIND_OF.get(source, source))))
+    train, test, *_ = load(DataConfig(source, str(miniatures / KIND_OF.get(source, source))))
     counts = {
         "cifar10": (200, 40, 10),
         "cifar100": (400, 100, 100),
@@ -51,7 +51,7 @@ def test_every_miniature_opens_as_its_source(miniatures, source):
 
 @pytest.mark.parametrize(("name", "label_key"), [("cifar10", "labels"), ("cifar100", "fine_labels")])
 def test_cifar_is_its_pickles_bit_by_bit_and_in_their_order(miniatures, name, label_key):
-    train, test, _ = load(DataConfig(name, str(miniatures / name)))
+    train, test, *_ = load(DataConfig(name, str(miniatures / name)))
     base = next((miniatures / name).iterdir())
     batches = [f"data_batch_{number}" for number in range(1, 6)] if name == "cifar10" else ["train"]
     for part, files in ((train, batches), (test, ["test_batch" if name == "cifar10" else "test"])):
@@ -73,7 +73,7 @@ def test_cifar_may_be_pickled_by_python_3_too(miniature):
 
 
 def test_tiny_imagenet_names_its_classes(miniatures):
-    train, test, _ = load(DataConfig("tiny_imagenet", str(miniatures / "tiny-imagenet")))
+    train, test, *_ = load(DataConfig("tiny_imagenet", str(miniatures / "tiny-imagenet")))
     assert train.classes[:2] == ("thing 0", "thing 1")
     assert [file.split("/")[1] for file in train.files[::12].tolist()] == [
         f"n{1440764 + 1000 * i:08}" for i in range(10)
@@ -84,7 +84,7 @@ def test_tiny_imagenet_names_its_classes(miniatures):
 
 def test_clothing1m_trains_on_noisy_labels_and_is_tested_on_clean_ones(miniature):
     config = miniature("clothing1m")
-    train, test, _ = load(config)
+    train, test, *_ = load(config)
     root = Path(config.root)
     noisy = dict(line.split(" ") for line in (root / "noisy_label_kv.txt").read_text().splitlines())
     assert train.files.tolist() == (root / "noisy_train_key_list.txt").read_text().splitlines()

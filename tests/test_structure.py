@@ -17,6 +17,7 @@ FLOORS = [  # a module may import from floors below its own, and from the rooms 
     | {"data.sources.shards", "data.sources.cache"},
     {"data.sources.__init__", "data.fixtures"},
     {"cycle", "data.pipelines", "checkpoint", "run_folder", "screen"},
+    {"data.scan"},
     {"audit", "doctor", "data.check"},
     {"plots", "charts", "labels"},
     {"report", "trainer"},

@@ -55,7 +55,7 @@ def test_digits_are_learnt_and_the_wrong_labels_found(tmp_path):
     docs = (ROOT / "docs/run_folder.md").read_text()
     files, columns = docs.split("## issues.csv")[0], docs.split("## metrics.csv")[1]
     for name in re.findall(r"^\| `([^`]+)` \|", files, re.M):
-        assert (run / name).exists() or name in ("report.html", "review/"), name
+        assert (run / name).exists() or name in ("bad_files.csv", "report.html", "review/"), name
     header = list(rows(run)[0])
     assert header[:8] == (
         "cycle test_acc_main test_acc_aux gamma true_clean selection_auroc refurbish_acc classes_alive".split()

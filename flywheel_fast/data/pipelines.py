@@ -21,6 +21,7 @@ from flywheel_fast.errors import BadInput
 
 WHOLE_CROP = 0.875  # with random resized crops, the clean view is this share of the shorter side, as is usual
 SWEEP_BATCH = 500
+SCAN_BATCH = 16  # DALI 2.x dies of a segmentation fault where many of a larger batch are broken: of 32, eight suffice
 AHEAD = 2  # batches under way in DALI
 MOST_BROKEN = 100  # files looked for, once one is found
 
@@ -162,6 +163,22 @@ class Loader:
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
+    def looked_at(self, rows: np.ndarray) -> Iterator[tuple[int, str]]:
+        """Decodes the files of these rows [n]: each row, and why DALI refuses it, or nothing."""
+        pieces = [rows[at : at + SCAN_BATCH] for at in range(0, len(rows), SCAN_BATCH)]
+        while pieces:
+            done = 0
+            try:
+                for _ in self._outputs(pieces, self._encoded):
+                    yield from ((row, "") for row in pieces[done].tolist())
+                    done += 1
+                return
+            except (RuntimeError, OSError):
+                for piece in pieces[done : done + 1 + AHEAD]:  # it was one of those under way
+                    problems = dict(self._broken(piece))
+                    yield from ((row, problems.get(row, "")) for row in piece.tolist())
+                pieces = pieces[done + 1 + AHEAD :]
+
     def _encoded(self, piece: np.ndarray) -> list[np.ndarray]:  # each [bytes of the file] uint8
         return [np.fromfile(self.manifest.root / file, dtype=np.uint8) for file in self.manifest.files[piece]]
 
@@ -183,7 +200,11 @@ class Loader:
 
     def _name_broken(self, pieces: list[np.ndarray], error: Exception) -> None:
         """Raises BadInput that names the unreadable files of the pieces; returns if all of them can be read."""
-        found = list(islice((broken for piece in pieces for broken in self._broken(piece)), MOST_BROKEN))
+        refused = (broken for piece in pieces for broken in self._broken(piece))
+        found = [
+            f"{self.manifest.root / self.manifest.files[row]}: {problem}"
+            for row, problem in islice(refused, MOST_BROKEN)
+        ]
         if len(found) == 1:
             raise BadInput(f"{found[0]}; replace it, or take it out of the data set") from error
         if found:
@@ -191,8 +212,8 @@ class Loader:
             first = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
             raise BadInput(f"{count} are broken: {first}; replace them, or take them out of the data set") from error
 
-    def _broken(self, piece: np.ndarray) -> Iterator[str]:
-        """DALI says that it failed, not of which file: halve until it is one."""
+    def _broken(self, piece: np.ndarray) -> Iterator[tuple[int, str]]:
+        """Rows and why. DALI says that it failed, not of which file: halve until it is one."""
         try:
             list(self._outputs([piece], self._encoded))
         except (RuntimeError, OSError) as error:
@@ -202,7 +223,7 @@ class Loader:
                 return
             path = self.manifest.root / self.manifest.files[piece[0]]
             reason = error.strerror if isinstance(error, OSError) else _why_refused(path.read_bytes())
-            yield f"{path}: cannot be read as an image ({reason})"
+            yield int(piece[0]), f"cannot be read as an image ({reason})"
 
 
 def _why_refused(content: bytes) -> str:
@@ -214,7 +235,7 @@ def _why_refused(content: bytes) -> str:
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            return f"DALI refuses this {image.format}"
+            return f"DALI refuses this {image.format}, save it anew as JPEG or PNG"
     except Exception as error:  # every format has its own
         return str(error).split(" <_io.BytesIO")[0]
 
