@@ -112,12 +112,14 @@ class Cycle:
         """Whether the EM cycle runs in this epoch."""
         return self.config.kind == "flywheel" and epoch >= self.config.warmup
 
-    def views_per_sample(self, epoch: int) -> int:
-        """Images that `run` draws of each sample in this epoch, for the progress bar."""
+    def images(self, epoch: int, swept: int, drawn: int) -> int:
+        """Images that `run` looks at in this epoch, for the progress bar; `swept` samples are in a sweep of the loader,
+        `drawn` in an epoch."""
         if self.cycling(epoch):
-            once = 3 * (self.config.noise_model == "anchors" and epoch == self.config.warmup)
-            return 6 + (self.config.target == "soft_q") + (self.config.contrastive > 0) + once
-        return 1 if self.config.kind == "cross_entropy" else 2
+            sweeps = 2 + 3 * (self.config.noise_model == "anchors" and epoch == self.config.warmup)
+            views = 4 + (self.config.target == "soft_q") + (self.config.contrastive > 0)
+            return sweeps * swept + views * drawn
+        return drawn * (1 if self.config.kind == "cross_entropy" else 2)
 
     def main_alone(self, loader, epoch: int) -> None:
         for index, (weak,) in self._batches(loader.epoch(2 * epoch, ("weak",))):

@@ -70,7 +70,7 @@ class Trainer:
         self.bad_files: list[scan.BadFile] = []  # left out
         self.test_sets = {name: self._readable(part, name) for name, part in data.splits().items()}
         self.train_set = self.test_sets.pop("train")
-        self.loader = self._loader(self.train_set)
+        self.loader = self._loader(self.train_set, config.optim.balanced_batches)
         self.test_loaders = {name: self._loader(part) for name, part in self.test_sets.items()}
         self.cycle = self._assemble()
         self.history: list[dict] = []  # a row an epoch, as in metrics.csv
@@ -80,14 +80,14 @@ class Trainer:
         self.config_text = configs.dump(config)
 
     def run(self) -> None:
-        config, cycle, n = self.config, self.cycle, len(self.train_set.labels)
+        config, cycle, loader = self.config, self.cycle, self.loader
         self._open()
-        images = [cycle.views_per_sample(epoch) * n for epoch in range(config.optim.epochs)]
+        images = [cycle.images(epoch, len(self.train_set), loader.drawn) for epoch in range(config.optim.epochs)]
         done = len(self.history)
         with self.screen.progress(sum(images), sum(images[:done])) as cycle.on_images:
             for epoch in range(done, config.optim.epochs):
                 cycle.clock.seconds.clear()
-                cycle.run(self.loader, epoch)
+                cycle.run(loader, epoch)
                 self.history.append(self._measure(epoch))
                 self._save()
                 self._say_epoch()
@@ -101,10 +101,18 @@ class Trainer:
         self.bad_files += bad
         return manifest
 
-    def _loader(self, manifest: Manifest) -> Loader:
+    def _loader(self, manifest: Manifest, balanced_batches: int | None = None) -> Loader:
         config, data = self.config, self.config.data
-        batch_size = config.optim.batch_size
-        return Loader(manifest, config.views, batch_size, config.seed, self.device, data.threads, data.cache_gb)
+        return Loader(
+            manifest,
+            config.views,
+            config.optim.batch_size,
+            config.seed,
+            self.device,
+            data.threads,
+            data.cache_gb,
+            balanced_batches=balanced_batches,
+        )
 
     def _assemble(self) -> Cycle:
         config, num_classes = self.config, len(self.train_set.classes)
@@ -161,10 +169,12 @@ class Trainer:
             self.screen.say(f"{wrong:.1%} of the labels are wrong")
         if config.data.noise.kind != "none":
             buffer = io.BytesIO()
-            noise.save(buffer, self.noisy_labels)
+            counts = noise.realised(train_set.true_labels, train_set.labels, len(train_set.classes))
+            noise.save(buffer, self.noisy_labels, counts)
             checkpoint.write_atomic(self.out / "noise.npz", buffer.getvalue())
             digest = noise.digest(self.noisy_labels)[:16]
             self.screen.say(f"{config.data.noise.kind} noise, saved as noise.npz, sha256 {digest}")
+            self.screen.say("\n".join(noise.describe(counts, train_set.classes)))
         if why_not := ops.why_not_native(self.device):
             self.screen.say(f"native ops {why_not}. The E-step runs on the PyTorch reference")
         if self.history:

@@ -30,7 +30,14 @@ def test_every_config_trains_to_the_end_on_its_miniature(miniatures, tmp_path, m
     small = ["model.main.name=small_cnn", "model.main.width=8", "model.main.weights=null", "views.image_size=32"]
     words = [f"data.root={root}", *small, "optim.epochs=2", "cycle.warmup=1", "optim.batch_size=32"]
     words += ["data.source=cifar10"] * (name == "cifar10")  # the config is for class folders
+    words += ["optim.balanced_batches=4"] * (name == "clothing1m")  # in place of 1000
     assert cli.main(["train", f"configs/{name}.yaml", *words]) == 0
+    with open(tmp_path / "runs" / name / "metrics.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert bool(last["imagenet_acc_aux"]) == (name == "webvision") and last["test_acc_aux"]
+    assert ("imagenet_acc_main" in json.loads((tmp_path / "runs" / name / "result.json").read_bytes())) == (
+        name == "webvision"
+    )
     with open(tmp_path / "runs" / name / "labels" / "issues.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == {"cifar100": 400, "tiny_imagenet": 120, "clothing1m": 112}.get(
             name, 200

@@ -297,26 +297,9 @@ def say_noise(config: sources.DataConfig, write: Path | None, console: Console) 
     noisy, true, classes = train.labels, train.true_labels, train.classes
     if write:
         noise_files.write(write, noisy, true)
-    c = len(classes)
-    matrix = np.bincount(true * c + noisy, minlength=c * c).reshape(c, c)
     digest = noise.digest(noisy)[:16]
     console.print(f"{np.mean(noisy != true):.2%} of {len(noisy):,} labels are wrong, sha256 {digest}", markup=False)
-    if c <= MOST_CLASSES:
-        table = Table(title="\nrows: true class, columns: label, %", title_justify="left", box=None, pad_edge=False)
-        table.add_column("")
-        for label in range(c):
-            table.add_column(str(label), justify="right")
-        for label, counts in enumerate(matrix):
-            share = counts * 100 / max(counts.sum(), 1)
-            table.add_row(Text(f"{label} {classes[label]}"), *(f"{one:.1f}" if one else "." for one in share))
-    else:
-        table = Table(title="\nmost frequent", title_justify="left", show_header=False, box=None, pad_edge=False)
-        wrong = matrix * ~np.eye(c, dtype=bool)
-        for place in np.argsort(-wrong, axis=None, kind="stable")[:MOST_CLASSES]:
-            y, j = divmod(int(place), c)
-            if wrong[y, j]:
-                share = f"{wrong[y, j] / matrix[y].sum():.1%}"
-                table.add_row(Text(f"{classes[y]} -> {classes[j]}"), f"{wrong[y, j]:,}", share)
-    console.print(table)
+    for line in noise.describe(noise.realised(true, noisy, len(classes)), classes):
+        console.print(line, markup=False)
     if write:
         console.print(f"written to {write}; data.noise.kind=file data.noise.file={write} reads it back", markup=False)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flywheel_fast.data.manifest import Manifest
-from flywheel_fast.data.order import epoch_order
+from flywheel_fast.data.order import balanced_order, epoch_order
 from flywheel_fast.errors import BadInput
 
 WHOLE_CROP = 0.875  # with random resized crops, the clean view is this share of the shorter side, as is usual
@@ -81,9 +81,11 @@ class Loader:
         cache_gb: float = 2.0,
         rank: int = 0,
         world: int = 1,
+        balanced_batches: int | None = None,
     ):
         self.manifest, self.views, self.batch_size, self.seed = manifest, views, batch_size, seed
         self.device, self.threads, self.rank, self.world = torch.device(device), threads, rank, world
+        self.balanced_batches = balanced_batches
         self.graphs: dict[tuple[str, ...], bytes] = {}  # by their views, none for those that only decode
         self.cache: np.ndarray | None = None  # [N, H + 2 pad, W + 2 pad, 3] uint8
         if views.crop == "pad" and 3 * (views.image_size + 2 * views.pad) ** 2 * len(manifest) <= cache_gb * 1e9:
@@ -91,12 +93,22 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches of an epoch, on this rank."""
-        own = len(range(self.rank, len(self.manifest), self.world))
-        return -(-own // self.batch_size)
+        return self.balanced_batches or -(-self.drawn // self.batch_size)
+
+    @property
+    def drawn(self) -> int:
+        """Samples of an epoch, on this rank."""
+        if self.balanced_batches:
+            return self.balanced_batches * self.batch_size
+        return len(range(self.rank, len(self.manifest), self.world))
 
     def epoch(self, epoch: int, views: tuple[str, ...] = ("weak", "strong")) -> Iterator[Batch]:
-        """Every sample of this rank once, shuffled; the last batch may be short."""
-        order = epoch_order(len(self.manifest), self.seed, epoch, self.rank, self.world)
+        """Every sample of this rank once, shuffled, the last batch may be short; or the class-balanced batches."""
+        if self.balanced_batches:
+            size = self.drawn * self.world
+            order = balanced_order(self.manifest.labels, size, self.seed, epoch, self.rank, self.world)
+        else:
+            order = epoch_order(len(self.manifest), self.seed, epoch, self.rank, self.world)
         seed = int(np.random.SeedSequence((self.seed, epoch, self.rank)).generate_state(1)[0]) & 0x7FFFFFFF
         return self._batches(order, self.batch_size, views, seed)
 

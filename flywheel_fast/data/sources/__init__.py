@@ -48,6 +48,8 @@ class DataConfig:
     such a metadata.csv; webdataset: a folder of tar shards; the others as they are published (docs/data.md)."""
     root: str = ""
     """The folder, or the table (its paths are relative to it)."""
+    download: bool = False
+    """CIFAR-10 and -100 that are not in `root` yet are downloaded into it, by torchvision."""
     skip: str | None = None
     """A table of files to leave out, such as the bad_files.csv that `flywheel-fast data check` writes."""
     train_size: int | None = None
@@ -70,6 +72,8 @@ class DataConfig:
     def __post_init__(self):
         if self.source != "digits" and not self.root:
             raise ValueError(f"data.source={self.source} needs data.root=PATH")
+        if self.download and self.source not in arrays.LAYOUT:
+            raise ValueError(f"data.download=true is for {', '.join(arrays.LAYOUT)}, not for {self.source}")
         if not 0 < self.holdout < 1:
             raise ValueError(f"data.holdout must be in (0, 1), not {self.holdout}")
         for name in ("train_size", "test_size"):
@@ -100,6 +104,8 @@ def load(config: DataConfig, present: bool = True) -> Data:
 
     `present`: all files must be there.
     """
+    if config.download:
+        arrays.download(Path(config.root), config.source)
     train, *rest = SOURCES[config.source](Path(config.root))
     tests = {name: part for name, part in zip(("test", "imagenet"), rest, strict=False) if part is not None}
     if len(train.classes) < 2:
