@@ -116,12 +116,14 @@ class Cycle:
         """Whether this epoch ends with the E-steps."""
         return self.config.kind == "flywheel" and epoch + 1 >= self.config.warmup
 
-    def views_per_sample(self, epoch: int) -> int:
-        """Images that `run` draws of each sample in this epoch, for the progress bar."""
+    def images(self, epoch: int, swept: int, drawn: int) -> int:
+        """Images that `run` looks at in this epoch, for the progress bar; `swept` samples are in a sweep of the loader,
+        `drawn` in an epoch."""
         if self.config.kind == "cross_entropy":
-            return 1
+            return drawn
         looks = self.expecting(epoch) + (epoch + 1 == self.config.warmup and self.config.noise_model == "anchors")
-        return 2 + (self.config.contrastive > 0 and epoch >= self.config.warmup) + looks
+        views = 2 + (self.config.contrastive > 0 and epoch >= self.config.warmup)
+        return looks * swept + views * drawn
 
     def main_alone(self, loader, epoch: int) -> None:
         for index, (weak,) in self._batches(loader.epoch(2 * epoch, ("weak",))):

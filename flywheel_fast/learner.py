@@ -13,9 +13,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 @dataclass(frozen=True)
 class OptimConfig:
     epochs: int = 40
-    """Passes over the training set, warm-up included; after the warm-up one epoch is one cycle."""
+    """Passes over the training set (see balanced_batches), warm-up included; after it one epoch is one cycle."""
     batch_size: int = 64
     """Samples a step."""
+    balanced_batches: int | None = None
+    """Batches of an epoch that has as many samples of each given label as of any other; null: an epoch is every sample
+    once. E-steps look at every sample all the same."""
     lr: float = 0.05
     """Peak learning rate of SGD."""
     momentum: float = 0.9
@@ -34,6 +37,8 @@ class OptimConfig:
             raise ValueError(
                 f"optim.epochs and optim.batch_size must be at least 1, not {self.epochs}, {self.batch_size}"
             )
+        if self.balanced_batches is not None and self.balanced_batches < 1:
+            raise ValueError(f"optim.balanced_batches must be at least 1, or null, not {self.balanced_batches}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"optim.ema_decay must be in [0, 1), not {self.ema_decay}")
         if self.lr < 0 or self.weight_decay < 0 or not 0 <= self.momentum < 1:

@@ -9,6 +9,7 @@ from flywheel_fast.errors import BadInput
 
 CHECKPOINT = Path("weights", "last.pt")
 LOG = "train.log"
+BAD_FILES = "bad_files.csv"
 # What a run writes.
 OWN = {
     "config.yaml",
@@ -16,6 +17,7 @@ OWN = {
     "metrics.csv",
     "result.json",
     "noise.npz",
+    BAD_FILES,
     LOG,
     "weights",
     "labels",

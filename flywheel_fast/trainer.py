@@ -15,7 +15,7 @@ from torch import Tensor
 from flywheel_fast import audit, card, checkpoint, env, models, ops, plots, run_folder, sinks
 from flywheel_fast import config as configs
 from flywheel_fast.cycle import Cycle, CycleConfig
-from flywheel_fast.data import noise, reviews, sources
+from flywheel_fast.data import noise, reviews, scan, sources
 from flywheel_fast.data.manifest import DROPPED, Manifest
 from flywheel_fast.data.pipelines import Loader, ViewsConfig
 from flywheel_fast.em import EMState
@@ -26,7 +26,15 @@ from flywheel_fast.screen import Screen
 PHASES = ("data", "infer", "train", "em", "eval", "save")
 MEASURES = (
     *("test_acc_main", "test_acc_aux", "gamma", "true_clean", "selection_auroc", "refurbish_acc"),
-    *("classes_alive", "agreement", "selection_ap", "posterior_acc", "reviewed"),
+    *(
+        "classes_alive",
+        "agreement",
+        "selection_ap",
+        "posterior_acc",
+        "imagenet_acc_main",
+        "imagenet_acc_aux",
+        "reviewed",
+    ),
 )
 COLUMNS = (
     *("cycle", *MEASURES, "loss_main", "loss_aux", "lr"),
@@ -68,12 +76,18 @@ class Trainer:
     def __init__(self, config: Config, out: Path, resume: bool = False):
         self.out, self.screen = out, Screen(out / run_folder.LOG)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.train_set, self.test_set, self.noisy_labels = sources.load(config.data)
+        self.config = config
+        data = sources.load(config.data)
+        self.noisy_labels = data.noisy_labels
+        self.bad_files: list[scan.BadFile] = []  # left out
+        self.test_sets = {name: self._readable(part, name) for name, part in data.splits().items()}
+        self.train_set = self.test_sets.pop("train")
         self.reviews = reviews.summary(Path(config.data.reviews)) if config.data.reviews else None
         saved = checkpoint.load(out / run_folder.CHECKPOINT) if resume else None
-        self.config = self._with_time_for_reviews(config, saved) if saved else config
-        self.loader = self._loader(self.train_set)
-        self.test_loader = self._loader(self.test_set) if self.test_set else None
+        if saved:
+            self.config = self._with_time_for_reviews(config, saved)
+        self.loader = self._loader(self.train_set, config.optim.balanced_batches)
+        self.test_loaders = {name: self._loader(part) for name, part in self.test_sets.items()}
         self.cycle = self._assemble()
         self.history: list[dict] = []  # a row an epoch, as in metrics.csv
         self.warned: set[str] = set()
@@ -85,14 +99,14 @@ class Trainer:
         self.sinks = sinks.open_all(config.log, out, config.name, settings, len(self.history))
 
     def run(self) -> None:
-        config, cycle, n = self.config, self.cycle, len(self.train_set.labels)
+        config, cycle, loader = self.config, self.cycle, self.loader
         self._open()
-        images = [cycle.views_per_sample(epoch) * n for epoch in range(config.optim.epochs)]
+        images = [cycle.images(epoch, len(self.train_set), loader.drawn) for epoch in range(config.optim.epochs)]
         done = len(self.history)
         with self.screen.progress(sum(images), sum(images[:done])) as cycle.on_images:
             for epoch in range(done, config.optim.epochs):
                 cycle.clock.seconds.clear()
-                cycle.run(self.loader, epoch)
+                cycle.run(loader, epoch)
                 self.history.append(self._measure(epoch))
                 self._save()
                 for sink in self.sinks:
@@ -102,10 +116,24 @@ class Trainer:
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
-    def _loader(self, manifest: Manifest) -> Loader:
+    def _readable(self, manifest: Manifest, split: str) -> Manifest:
+        """Without the files at which the training would stop; these go to `bad_files`."""
+        manifest, bad = scan.without_broken(manifest, split, self.device, self.config.data.threads)
+        self.bad_files += bad
+        return manifest
+
+    def _loader(self, manifest: Manifest, balanced_batches: int | None = None) -> Loader:
         config, data = self.config, self.config.data
-        batch_size = config.optim.batch_size
-        return Loader(manifest, config.views, batch_size, config.seed, self.device, data.threads, data.cache_gb)
+        return Loader(
+            manifest,
+            config.views,
+            config.optim.batch_size,
+            config.seed,
+            self.device,
+            data.threads,
+            data.cache_gb,
+            balanced_batches=balanced_batches,
+        )
 
     def _assemble(self) -> Cycle:
         config, num_classes = self.config, len(self.train_set.classes)
@@ -166,20 +194,29 @@ class Trainer:
         train_set, config = self.train_set, self.config
         checkpoint.write_atomic(self.out / "config.yaml", self.config_text.encode())
         checkpoint.write_atomic(self.out / "env.json", json.dumps(env.describe(), indent=2).encode())
-        test = f"{len(self.test_set.labels):,} to test on" if self.test_set else "nothing to test on"
+        test = " and ".join(f"{len(part):,}" for part in self.test_sets.values()) + " to test on"
         where = f"{self.device}, {'bf16' if self.cycle.main.bf16 else 'fp32'}, {torch.get_num_threads()} threads"
         self.screen.say(
             f"{len(train_set.labels):,} images of {len(train_set.classes)} classes to train on, {test}; {where}"
         )
+        if self.bad_files:
+            scan.write(self.out / run_folder.BAD_FILES, self.bad_files)
+            first = self.bad_files[0]
+            self.screen.warn(
+                f"{len(self.bad_files):,} broken files are left out and listed in {self.out / run_folder.BAD_FILES}, "
+                f"first {first.file_name}: {first.problem}"
+            )
         if train_set.true_labels is not None:
             wrong = np.mean(train_set.labels != train_set.true_labels)
             self.screen.say(f"{wrong:.1%} of the labels are wrong")
         if config.data.noise.kind != "none":
             buffer = io.BytesIO()
-            noise.save(buffer, self.noisy_labels)
+            counts = noise.realised(train_set.true_labels, train_set.labels, len(train_set.classes))
+            noise.save(buffer, self.noisy_labels, counts)
             checkpoint.write_atomic(self.out / "noise.npz", buffer.getvalue())
             digest = noise.digest(self.noisy_labels)[:16]
             self.screen.say(f"{config.data.noise.kind} noise, saved as noise.npz, sha256 {digest}")
+            self.screen.say("\n".join(noise.describe(counts, train_set.classes)))
         if train_set.reviewed is not None:
             pinned, dropped = self._reviewed()
             self.screen.say(f"{config.data.reviews}: {pinned:,} labels are pinned, {dropped:,} images dropped")
@@ -202,8 +239,9 @@ class Trainer:
                 f"(it is {self.config.optim.lr})"
             )
         with cycle.clock("eval"):
-            if self.test_loader and (last or (epoch + 1) % self.config.eval_every == 0):
-                row |= self._accuracy()
+            if last or (epoch + 1) % self.config.eval_every == 0:
+                for name in self.test_sets:
+                    row |= self._accuracy(name)
             true = self.train_set.true_labels
             if self.train_set.reviewed is not None:
                 row["reviewed"] = sum(self._reviewed())
@@ -217,15 +255,15 @@ class Trainer:
                     row |= self._quality(true)
         return row
 
-    def _accuracy(self) -> dict:
-        """Share of test images that the averaged networks get right."""
-        labels = torch.as_tensor(self.test_set.labels, device=self.device)
+    def _accuracy(self, test: str) -> dict:
+        """Share of the images of a test set that the averaged networks get right."""
+        labels = torch.as_tensor(self.test_sets[test].labels, device=self.device)
         learners = self.cycle.learners()
         right: dict[str, list[torch.Tensor]] = {name: [] for name in learners}
-        for index, (clean,) in self.test_loader.sweep():
+        for index, (clean,) in self.test_loaders[test].sweep():
             for name, learner in learners.items():
                 right[name].append(learner.predict(clean).argmax(dim=1) == labels[index])
-        return {f"test_acc_{name}": torch.cat(hits).double().mean().item() for name, hits in right.items()}
+        return {f"{test}_acc_{name}": torch.cat(hits).double().mean().item() for name, hits in right.items()}
 
     def _quality(self, true: np.ndarray) -> dict:
         state = self.cycle.state
@@ -331,12 +369,13 @@ class Trainer:
     def _record(self) -> dict:
         """For result.json: what tables of runs are made of."""
         last = {name: self.history[-1][name] for name in MEASURES if name in self.history[-1]}
-        looks = {name: [row[name] for row in self.history if name in row] for name in ("test_acc_main", "test_acc_aux")}
+        looks = {name: [row[name] for row in self.history if name in row] for name in MEASURES if "_acc_" in name}
         names = self.train_set.classes
         return {
             **last,
             **{f"best_{name}": max(values) for name, values in looks.items() if values},
             "images": len(self.train_set.labels),
+            "bad_files": len(self.bad_files),
             "epochs": len(self.history),
             "seconds": round(sum(_seconds(row) for row in self.history), 1),
             "noise_sha256": noise.digest(self.noisy_labels),
@@ -348,10 +387,11 @@ class Trainer:
         row, n = self.history[-1], len(self.train_set.labels)
         used = "aux" if self.cycle.aux else "main"
         rows = []
-        if f"test_acc_{used}" in row:
-            rows.append(("test accuracy, last epoch", f"{row[f'test_acc_{used}']:.4f}"))
-        if self.cycle.aux and "test_acc_main" in row:
-            rows.append(("  of the main network", f"{row['test_acc_main']:.4f}"))
+        for name in self.test_sets:
+            of = "on ImageNet's images" if name == "imagenet" else "last epoch"
+            rows.append((f"test accuracy, {of}", f"{row[f'{name}_acc_{used}']:.4f}"))
+            if self.cycle.aux:
+                rows.append(("  of the main network", f"{row[f'{name}_acc_main']:.4f}"))
         if labels:
             rows += audit.summary_rows(labels, self.out)
         merged = self.cycle.state.merged_classes() if labels else []
@@ -362,6 +402,9 @@ class Trainer:
                 ("COLLAPSED", f"{len(merged)} of {len(names)} classes have merged ({pairs}): do not use this result")
             )
         rows += [("WARNING", said) for name, said in self._ailments().items() if not name.startswith("merged ")]
+        if self.bad_files:
+            count = f"{len(self.bad_files):,} broken files: {self.out / run_folder.BAD_FILES}"
+            rows.append(("left out", count))
         seconds = sum(_seconds(row) for row in self.history)
         rows.append(("network", f"{self.out / 'weights' / 'model.safetensors'} ({used})"))
         rows.append(("time", f"{seconds:.0f} s for {len(self.history)} epochs of {n:,} images"))

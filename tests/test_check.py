@@ -30,7 +30,14 @@ def test_every_config_trains_to_the_end_on_its_miniature(miniatures, tmp_path, m
     small = ["model.main.name=small_cnn", "model.main.width=8", "model.main.weights=null", "views.image_size=32"]
     words = [f"data.root={root}", *small, "optim.epochs=2", "cycle.warmup=1", "optim.batch_size=32"]
     words += ["data.source=cifar10"] * (name == "cifar10")  # the config is for class folders
+    words += ["optim.balanced_batches=4"] * (name == "clothing1m")  # in place of 1000
     assert cli.main(["train", f"configs/{name}.yaml", *words]) == 0
+    with open(tmp_path / "runs" / name / "metrics.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert bool(last["imagenet_acc_aux"]) == (name == "webvision") and last["test_acc_aux"]
+    assert ("imagenet_acc_main" in json.loads((tmp_path / "runs" / name / "result.json").read_bytes())) == (
+        name == "webvision"
+    )
     with open(tmp_path / "runs" / name / "labels" / "issues.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == {"cifar100": 400, "tiny_imagenet": 120, "clothing1m": 112}.get(
             name, 200
@@ -123,7 +130,7 @@ def test_check_finds_what_is_broken_and_a_training_goes_without(miniature, tmp_p
     monkeypatch.chdir(tmp_path)
     config = miniature("clothing1m")
     root = Path(config.root)
-    train, test, _ = load(config)
+    train, test, *_ = load(config)
     cut, text, gone, twice, gif = (root / file for file in train.files[:5].tolist())
     content = cut.read_bytes()
     cut.write_bytes(content[: len(content) // 2])
@@ -141,10 +148,10 @@ def test_check_finds_what_is_broken_and_a_training_goes_without(miniature, tmp_p
         assert re.search(line, said), said
     out = tmp_path / "checks" / "clothing1m"
     bad = {row["file_name"]: row["problem"] for row in csv.DictReader(open(out / "bad_files.csv", newline=""))}
-    assert list(bad) == [str(path.relative_to(root)) for path in (cut, text, gone, gif)]
+    assert list(bad) == [str(path.relative_to(root)) for path in (gone, cut, text, gif)]
     assert [
         next(iter(set(problem.split()) & {"truncated", "identify", "missing", "GIF,"})) for problem in bad.values()
-    ] == (["truncated", "identify", "missing", "GIF,"])
+    ] == (["missing", "truncated", "identify", "GIF,"])
     again = list(csv.DictReader(open(out / "duplicates.csv", newline="")))
     assert {(row["file_name"], row["same_as_file_name"]) for row in again} == {
         (str(test.files[0]), str(twice.relative_to(root))),

@@ -271,7 +271,7 @@ def test_corrected_links_can_be_trained_on(tmp_path):
     out, _ = labels.export(run, "csv")
     links = tmp_path / "links"
     assert cli.main(["labels", "import", str(run), str(out), "--links", str(links)]) == 0
-    train, test, _ = sources.load(sources.DataConfig("folder", str(links)))
+    train, test, *_ = sources.load(sources.DataConfig("folder", str(links)))
     assert train.classes == classes and len(test) == 1
     assert np.bincount(train.labels).tolist() == np.bincount(found.suggested).tolist()
     assert cli.main(["labels", "import", str(run), str(out), "--links", str(links)]) == 2  # it is there already

@@ -16,7 +16,7 @@ import pytest
 from conftest import KIND_OF, refused
 from PIL import Image
 
-from flywheel_fast.data import fixtures, pickles
+from flywheel_fast.data import cifar, fixtures, pickles
 from flywheel_fast.data.sources import DataConfig, load
 from flywheel_fast.errors import BadInput
 
@@ -34,7 +34,7 @@ def edit(path: Path, old: str, new: str) -> None:
 
 @pytest.mark.parametrize("source", PUBLISHED)
 def test_every_miniature_opens_as_its_source(miniatures, source):
-    train, test, _ = load(DataConfig(source, str(miniatures / KIND_OF.get(source, source))))
+    train, test, *_ = load(DataConfig(source, str(miniatures / KIND_OF.get(source, source))))
     counts = {
         "cifar10": (200, 40, 10),
         "cifar100": (400, 100, 100),
@@ -51,7 +51,7 @@ def test_every_miniature_opens_as_its_source(miniatures, source):
 
 @pytest.mark.parametrize(("name", "label_key"), [("cifar10", "labels"), ("cifar100", "fine_labels")])
 def test_cifar_is_its_pickles_bit_by_bit_and_in_their_order(miniatures, name, label_key):
-    train, test, _ = load(DataConfig(name, str(miniatures / name)))
+    train, test, *_ = load(DataConfig(name, str(miniatures / name)))
     base = next((miniatures / name).iterdir())
     batches = [f"data_batch_{number}" for number in range(1, 6)] if name == "cifar10" else ["train"]
     for part, files in ((train, batches), (test, ["test_batch" if name == "cifar10" else "test"])):
@@ -60,7 +60,7 @@ def test_cifar_is_its_pickles_bit_by_bit_and_in_their_order(miniatures, name, la
         assert np.array_equal(np.stack([np.asarray(Image.open(part.root / file)) for file in part.files]), pixels)
         assert part.labels.tolist() == sum((batch[label_key] for batch in read), [])
     assert load(DataConfig(name, str(base))).train.digest == train.digest  # by the folder itself
-    assert name == "cifar100" or train.classes == fixtures.CIFAR10_CLASSES
+    assert name == "cifar100" or train.classes == cifar.CIFAR10_CLASSES
 
 
 def test_cifar_may_be_pickled_by_python_3_too(miniature):
@@ -73,7 +73,7 @@ def test_cifar_may_be_pickled_by_python_3_too(miniature):
 
 
 def test_tiny_imagenet_names_its_classes(miniatures):
-    train, test, _ = load(DataConfig("tiny_imagenet", str(miniatures / "tiny-imagenet")))
+    train, test, *_ = load(DataConfig("tiny_imagenet", str(miniatures / "tiny-imagenet")))
     assert train.classes[:2] == ("thing 0", "thing 1")
     assert [file.split("/")[1] for file in train.files[::12].tolist()] == [
         f"n{1440764 + 1000 * i:08}" for i in range(10)
@@ -84,7 +84,7 @@ def test_tiny_imagenet_names_its_classes(miniatures):
 
 def test_clothing1m_trains_on_noisy_labels_and_is_tested_on_clean_ones(miniature):
     config = miniature("clothing1m")
-    train, test, _ = load(config)
+    train, test, *_ = load(config)
     root = Path(config.root)
     noisy = dict(line.split(" ") for line in (root / "noisy_label_kv.txt").read_text().splitlines())
     assert train.files.tolist() == (root / "noisy_train_key_list.txt").read_text().splitlines()
@@ -118,6 +118,48 @@ def test_a_miniature_of_own_pictures(folder, tmp_path):
     assert not (tmp_path / "other").exists()
     with pytest.raises(BadInput, match="webvisio.*choose clothing1m"):
         fixtures.make("webvisio", tmp_path / "other")
+
+
+def test_webvision_is_tested_on_imagenet_too(miniature):
+    config = miniature("webvision_mini")
+    data = load(config)
+    assert list(data.splits()) == ["train", "test", "imagenet"] and len(data.imagenet) == 50
+    assert data.imagenet.classes == data.train.classes and data.imagenet.labels.tolist() == list(range(50))
+    assert data.imagenet.files[1] == "imagenet/val/n01441764/ILSVRC2012_val_00000002.JPEG"
+    assert len(load(replace(config, source="webvision")).imagenet) == 60
+    val = Path(config.root) / "imagenet" / "val"
+    (val / "n01441764").rename(val / "tench")
+    refused(config, "imagenet/val/tench", "is no class of", "synsets.txt")
+    shutil.rmtree(val)
+    assert load(config).imagenet is None
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_is_downloaded_where_it_is_not_there(miniatures, tmp_path, monkeypatch, name):
+    from torchvision import datasets
+
+    asked = []
+
+    def publish(root, download):
+        asked.append((root, download))
+        shutil.copytree(miniatures / name, root)
+
+    kind = name.upper()
+    monkeypatch.setattr(datasets, kind, publish)
+    config = DataConfig(name, str(tmp_path / "data"), download=True)
+    assert load(config).train.digest == load(DataConfig(name, str(miniatures / name))).train.digest
+    load(config)
+    assert asked == [(tmp_path / "data", True)]  # once
+
+    def fail(root, download):
+        raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
+
+    monkeypatch.setattr(datasets, kind, fail)
+    refused(
+        replace(config, root=str(tmp_path / "other")), "data.download=true", "name resolution", "is there a network?"
+    )
+    with pytest.raises(ValueError, match="data.download=true is for cifar10, cifar100, not for folder"):
+        DataConfig("folder", "x", download=True)
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_digits_are_learnt_and_the_wrong_labels_found(tmp_path):
     docs = (ROOT / "docs/run_folder.md").read_text()
     files, columns = docs.split("## issues.csv")[0], docs.split("## metrics.csv")[1]
     for name in re.findall(r"^\| `([^`]+)` \|", files, re.M):
-        on_request = ("report.html", "review/", "reviews.csv", "export/", "tensorboard/")
+        on_request = ("bad_files.csv", "report.html", "review/", "reviews.csv", "export/", "tensorboard/")
         assert (run / name).exists() or name in on_request, name
     header = list(rows(run)[0])
     assert header[:8] == (

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,12 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from flywheel_fast.checkpoint import write_atomic
-from flywheel_fast.data import noise, noise_files, sources
+from flywheel_fast.data import noise, noise_files, scan, sources
 from flywheel_fast.data.manifest import Manifest
 from flywheel_fast.data.noise import NoiseConfig
 from flywheel_fast.errors import BadInput
 
-DECODED = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}  # what the image pipeline takes
 MOST_CLASSES = 30  # in a table
 TILE, CAPTION, SHOWN = 112, 16, 64  # pixels, pixels, pictures of the contact sheet
 CHUNK = 64  # images that a thread reads at a time
@@ -33,15 +33,14 @@ CHUNK = 64  # images that a thread reads at a time
 class Look(NamedTuple):
     """At one file."""
 
-    problem: str  # empty: it can be trained on
-    digest: int = 0  # of the content, 64 bits
-    size: tuple[int, int] = (0, 0)
+    digest: int = 0  # of the content, 64 bits; 0: there is none
+    size: tuple[int, int] = (0, 0)  # 0: unknown
     format: str = ""
     tile: Image.Image | None = None
 
 
 class Rows(NamedTuple):
-    """Both splits, the training split first."""
+    """All splits, the training split first."""
 
     root: Path
     files: np.ndarray  # [N] str
@@ -54,32 +53,40 @@ class Rows(NamedTuple):
 
 
 def check(config: sources.DataConfig, out: Path, console: Console) -> None:
-    """Says what is in the data set, reads every image once, and writes bad_files.csv, duplicates.csv, contact.png and
+    """Says what is in the data set, decodes every image once, and writes bad_files.csv, duplicates.csv, contact.png and
     manifest.parquet into `out`. Noise and data.skip are not applied. Raises BadInput for a layout that is none."""
-    train, test, _ = sources.load(replace(config, noise=NoiseConfig(), skip=None), present=False)
-    _say_classes(train, test, console)
+    splits = sources.load(replace(config, noise=NoiseConfig(), skip=None), present=False).splits()
+    _say_classes(splits, console)
     rows = Rows(
-        train.root,
-        np.concatenate([train.files, test.files]),
-        np.concatenate([train.labels, test.labels]),
-        np.repeat(["train", "test"], [len(train), len(test)]),
-        train.classes,
+        splits["train"].root,
+        np.concatenate([part.files for part in splits.values()]),
+        np.concatenate([part.labels for part in splits.values()]),
+        np.repeat(list(splits), [len(part) for part in splits.values()]),
+        splits["train"].classes,
     )
-    gone = np.concatenate([sources.absent(train, config), len(train) + sources.absent(test, config)])
-    looks = _look(rows, set(gone.tolist()), config.threads, console)
-    bad = [(row, look.problem) for row, look in enumerate(looks) if look.problem]
+    looks = _look(rows, config.threads, console)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gone: list[scan.BadFile] = []
+    broken: list[scan.BadFile] = []
+    for name, part in splits.items():
+        absent = sources.absent(part, config)
+        gone += [scan.BadFile.of(part, row, name, "is missing") for row in absent.tolist()]
+        present = np.setdiff1d(np.arange(len(part)), absent)
+        broken += scan.broken(part, name, device, config.threads, present).values()
     groups = _duplicates(looks)
-    _say_files(rows, looks, len(gone), bad, groups, console)
+    _say_files(rows, looks, gone, broken, groups, console)
 
-    _write_csv(out / "bad_files.csv", ("file_name", "split", "label", "problem"), ((*rows.cells(r), p) for r, p in bad))
+    scan.write(out / "bad_files.csv", gone + broken)
     names = ("file_name", "split", "label")
     pairs = ((*rows.cells(row), *rows.cells(group[0])) for group in groups for row in group[1:])
     _write_csv(out / "duplicates.csv", (*names, *(f"same_as_{name}" for name in names)), pairs)
     write_atomic(out / "contact.png", _contact_sheet(rows, looks))
-    write_atomic(out / "manifest.parquet", to_parquet(train, test))
+    write_atomic(out / "manifest.parquet", to_parquet(splits["train"], splits["test"]))
     console.print(f"\nwritten to {out}: bad_files.csv, duplicates.csv, contact.png, manifest.parquet", markup=False)
-    if bad:
-        console.print(f"leave the bad files out of a training by data.skip={out / 'bad_files.csv'}", markup=False)
+    if broken:
+        console.print("a training leaves the broken files out by itself", markup=False)
+    if gone:
+        console.print(f"leave the missing ones out of it by data.skip={out / 'bad_files.csv'}", markup=False)
 
 
 def to_parquet(train: Manifest, test: Manifest) -> memoryview:
@@ -112,14 +119,14 @@ def _in_pieces(files: np.ndarray) -> list[pa.Array]:
 # -- looking at every file ---------------------------------------------------------------------------------------------
 
 
-def _look(rows: Rows, gone: set[int], threads: int, console: Console) -> list[Look]:
+def _look(rows: Rows, threads: int, console: Console) -> list[Look]:
     shown = set(_spread(rows.labels[rows.split == "train"]))
 
     def look_at(chunk: range) -> list[Look]:
-        return [Look("is missing") if row in gone else look(rows.root / rows.files[row], row in shown) for row in chunk]
+        return [look(rows.root / rows.files[row], row in shown) for row in chunk]
 
     chunks = [range(at, min(at + CHUNK, len(rows.files))) for at in range(0, len(rows.files), CHUNK)]
-    columns = (TextColumn("reading images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("reading files"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     looks: list[Look] = []
     with ThreadPoolExecutor(threads) as pool, Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=len(rows.files))
@@ -134,24 +141,21 @@ def _look(rows: Rows, gone: set[int], threads: int, console: Console) -> list[Lo
 
 
 def look(path: Path, tile: bool = False) -> Look:
-    """Decodes the image, as a training will; in the format's own small size where it has one."""
+    """Content and header; `tile`: the picture too, small. Whether it can be trained on is for `scan` to say."""
     try:
         content = path.read_bytes()
-    except OSError as error:
-        return Look(f"cannot be read ({error.strerror})")
-    if not content:
-        return Look("is empty")
-    digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+    except OSError:
+        return Look()
+    digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) if content else 0
     try:
         with Image.open(io.BytesIO(content)) as image:
             size, kind = image.size, image.format
-            if kind not in DECODED:
-                return Look(f"is a {kind}, which cannot be trained on; convert it to JPEG or PNG", digest)
+            if not tile:
+                return Look(digest, size, kind)
             image.draft("RGB", (TILE, TILE))
-            image.load()
-            return Look("", digest, size, kind, _tile(image) if tile else None)
-    except Exception as error:  # every format has its own
-        return Look(f"cannot be decoded ({str(error).split(' <_io.BytesIO')[0]})", digest)
+            return Look(digest, size, kind, _tile(image))
+    except Exception:  # every format has its own
+        return Look(digest)
 
 
 def _tile(image: Image.Image) -> Image.Image:
@@ -207,54 +211,69 @@ def _write_csv(path: Path, header: tuple[str, ...], rows) -> None:
 # -- saying it ---------------------------------------------------------------------------------------------------------
 
 
-def _say_classes(train: Manifest, test: Manifest, console: Console) -> None:
-    counts = np.stack([np.bincount(part.labels, minlength=len(train.classes)) for part in (train, test)], axis=1)
+def _say_classes(splits: dict[str, Manifest], console: Console) -> None:
+    train = splits["train"]
+    counts = np.stack([np.bincount(part.labels, minlength=len(train.classes)) for part in splits.values()], axis=1)
     order = np.argsort(-counts[:, 0], kind="stable")
     names = [train.classes[label] for label in order]
     table = Table(title=f"\n{train.root}", title_justify="left", box=None, pad_edge=False)
-    for name, side in (("class", "left"), ("train", "right"), ("test", "right")):
-        table.add_column(name, justify=side)
-    table.add_row(f"all {len(names)}", f"{len(train):,}", f"{len(test):,}", style="bold")
+    table.add_column("class")
+    for name in splits:
+        table.add_column(name, justify="right")
+    table.add_row(f"all {len(names)}", *(f"{len(part):,}" for part in splits.values()), style="bold")
     half = MOST_CLASSES // 2
     few = len(names) <= MOST_CLASSES
     for label in order if few else [*order[:half], None, *order[-half:]]:
-        cells = ("...", "", "") if label is None else (train.classes[label], *(f"{count:,}" for count in counts[label]))
+        cells = ("...",) if label is None else (train.classes[label], *(f"{count:,}" for count in counts[label]))
         table.add_row(*map(Text, cells))
     console.print(table)
     most, least = counts[order[0], 0], counts[order[-1], 0]
     ratio = f"{most / least:.1f} times as many as" if least else "but none"
     console.print(f"imbalance: {names[0]!r} has {ratio} {names[-1]!r}", markup=False)
-    untested = [train.classes[label] for label in np.flatnonzero(counts[:, 1] == 0)]
-    if untested:
-        more = ", ..." if len(untested) > 3 else ""
-        count = f"{len(untested)} of {len(names)} classes"
-        console.print(f"warning: {count} have no test images: {', '.join(untested[:3])}{more}", markup=False)
+    for column, split in list(enumerate(splits))[1:]:
+        untested = [train.classes[label] for label in np.flatnonzero(counts[:, column] == 0)]
+        if untested:
+            more = ", ..." if len(untested) > 3 else ""
+            count = f"{len(untested)} of {len(names)} classes"
+            console.print(f"warning: {count} have no {split} images: {', '.join(untested[:3])}{more}", markup=False)
     console.print("first rows:")
-    for name, part in (("train", train), ("test", test)):
+    for name, part in splits.items():
         for row in range(min(3, len(part))):
             console.print(f"  {name}  {part.files[row]}  {part.classes[part.labels[row]]}", markup=False)
 
 
-def _say_files(rows: Rows, looks: list[Look], gone: int, bad: list, groups: list[list[int]], console: Console) -> None:
-    sizes = np.array([look.size for look in looks if not look.problem], dtype=np.int64).reshape(-1, 2)
+def _say_files(
+    rows: Rows,
+    looks: list[Look],
+    gone: list[scan.BadFile],
+    broken: list[scan.BadFile],
+    groups: list[list[int]],
+    console: Console,
+) -> None:
+    known = [look for look in looks if look.format]
     said = []
-    if len(sizes):
+    if known:
+        sizes = np.array([look.size for look in known], dtype=np.int64)
         by_area = sizes[np.argsort(sizes.prod(axis=1), kind="stable")]
         small, middle, large = (by_area[at] for at in (0, len(by_area) // 2, -1))
-        text = ", ".join(f"{w} x {h}" for w, h in (small, middle, large))
-        said.append(("smallest, median, largest", text))
-        formats = Counter(look.format for look in looks if not look.problem)
+        said.append(("smallest, median, largest", ", ".join(f"{w} x {h}" for w, h in (small, middle, large))))
+        formats = Counter(look.format for look in known)
         said.append(("formats", ", ".join(f"{name} {count:,}" for name, count in formats.most_common())))
-    said += [("missing", f"{gone:,}"), ("unreadable", f"{len(bad) - gone:,}")]
-    for row, problem in bad[:3]:
-        said.append(("  for example", f"{rows.files[row]} {problem}"))
-    again = {
-        split: sum(len(group) - 1 for group in groups if _splits(rows, group) == {split}) for split in ("train", "test")
-    }
-    across = [group for group in groups if len(_splits(rows, group)) == 2]
-    leaked = sum(int(np.sum(rows.split[group] == "test")) for group in across)
+    said += [("missing", f"{len(gone):,}"), ("unreadable", f"{len(broken):,}")]
+    for bad in (gone + broken)[:3]:
+        said.append(("  for example", f"{bad.file_name} {bad.problem}"))
+    splits = [set(rows.split[group].tolist()) for group in groups]
+    again = Counter()  # split -> files that are there already; of a group across splits none
+    for group, of in zip(groups, splits, strict=True):
+        again[next(iter(of)) if len(of) == 1 else ""] += len(group) - 1
+    leaked = sum(
+        int(np.sum(rows.split[group] != "train"))
+        for group, of in zip(groups, splits, strict=True)
+        if len(of) > 1 and "train" in of
+    )
     apart = sum(len(np.unique(rows.labels[group])) > 1 for group in groups)
-    said.append(("same content again", f"{again['train']:,} in train, {again['test']:,} in test"))
+    in_each = ", ".join(f"{again[name]:,} in {name}" for name in dict.fromkeys(rows.split.tolist()))
+    said.append(("same content again", in_each))
     said.append(("test images in train too", f"{leaked:,}"))
     if apart:
         said.append(("  same content, unlike labels", f"{apart:,} groups"))
@@ -262,10 +281,6 @@ def _say_files(rows: Rows, looks: list[Look], gone: int, bad: list, groups: list
     for name, text in said:
         table.add_row(Text(name), Text(text))
     console.print(table)
-
-
-def _splits(rows: Rows, group: list[int]) -> set[str]:
-    return set(rows.split[group].tolist())
 
 
 # -- noise -------------------------------------------------------------------------------------------------------------
@@ -282,26 +297,9 @@ def say_noise(config: sources.DataConfig, write: Path | None, console: Console) 
     noisy, true, classes = train.labels, train.true_labels, train.classes
     if write:
         noise_files.write(write, noisy, true)
-    c = len(classes)
-    matrix = np.bincount(true * c + noisy, minlength=c * c).reshape(c, c)
     digest = noise.digest(noisy)[:16]
     console.print(f"{np.mean(noisy != true):.2%} of {len(noisy):,} labels are wrong, sha256 {digest}", markup=False)
-    if c <= MOST_CLASSES:
-        table = Table(title="\nrows: true class, columns: label, %", title_justify="left", box=None, pad_edge=False)
-        table.add_column("")
-        for label in range(c):
-            table.add_column(str(label), justify="right")
-        for label, counts in enumerate(matrix):
-            share = counts * 100 / max(counts.sum(), 1)
-            table.add_row(Text(f"{label} {classes[label]}"), *(f"{one:.1f}" if one else "." for one in share))
-    else:
-        table = Table(title="\nmost frequent", title_justify="left", show_header=False, box=None, pad_edge=False)
-        wrong = matrix * ~np.eye(c, dtype=bool)
-        for place in np.argsort(-wrong, axis=None, kind="stable")[:MOST_CLASSES]:
-            y, j = divmod(int(place), c)
-            if wrong[y, j]:
-                share = f"{wrong[y, j] / matrix[y].sum():.1%}"
-                table.add_row(Text(f"{classes[y]} -> {classes[j]}"), f"{wrong[y, j]:,}", share)
-    console.print(table)
+    for line in noise.describe(noise.realised(true, noisy, len(classes)), classes):
+        console.print(line, markup=False)
     if write:
         console.print(f"written to {write}; data.noise.kind=file data.noise.file={write} reads it back", markup=False)

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from flywheel_fast.data.cifar import CIFAR10_CLASSES, CIFAR100_SUPERCLASSES
 from flywheel_fast.data.sources.folders import IMAGE_SUFFIXES
 from flywheel_fast.data.sources.lists import CLOTHING1M_CLASSES
 from flywheel_fast.errors import BadInput
 
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 WRONG = 0.4  # share of the labels that the miniatures of noisy data sets get wrong
 
 
@@ -118,6 +118,7 @@ def _webvision(folder: Path, pictures: _Pictures) -> None:
         name = f"val{label + 1:06}.jpg"
         pictures.save(folder / "val_images_256" / name, label)
         lines["val_filelist"].append(f"{name} {label}")
+        pictures.save(folder / "imagenet" / "val" / _wnid(label) / f"ILSVRC2012_val_{label + 1:08}.JPEG", label)
     for name, content in lines.items():
         _write(folder / "info" / f"{name}.txt", content)
     synsets = [f"{_wnid(label)} thing {label}, item {label}" for label in range(classes)]
@@ -156,12 +157,13 @@ def _cifar10(folder: Path, pictures: _Pictures) -> None:
 def _cifar100(folder: Path, pictures: _Pictures) -> None:
     base = folder / "cifar-100-python"
     base.mkdir()
+    coarse_of = {name: coarse for coarse, names in enumerate(CIFAR100_SUPERCLASSES.values()) for name in names}
+    fine_names = sorted(coarse_of)
     for file, title, count in (("train", "training batch 1 of 1", 4), ("test", "testing batch 1 of 1", 1)):
         fine = pictures.rng.permutation(np.repeat(np.arange(100), count)).tolist()
-        labels = {"fine_labels": fine, "coarse_labels": [label // 5 for label in fine]}
+        labels = {"fine_labels": fine, "coarse_labels": [coarse_of[fine_names[label]] for label in fine]}
         _dump(base / file, _batch(pictures, title, fine) | labels)
-    names = {"fine_label_names": [f"fine_{label:02}" for label in range(100)]}
-    _dump(base / "meta", names | {"coarse_label_names": [f"coarse_{label:02}" for label in range(20)]})
+    _dump(base / "meta", {"fine_label_names": fine_names, "coarse_label_names": list(CIFAR100_SUPERCLASSES)})
 
 
 KINDS: dict[str, Callable[[Path, _Pictures], None]] = {

@@ -1,5 +1,6 @@
 """Label files, ours and others': .npz of a run, .csv, DivideMix's .json, and CIFAR-N's .pt and .npy as published."""
 
+import csv
 import json
 import zlib
 from pathlib import Path
@@ -61,6 +62,34 @@ WRITERS = {
     ".npy": lambda file, noisy, true: np.save(file, {"clean_label": true, "noisy_label": noisy}, allow_pickle=True),
     ".npz": lambda file, noisy, true: np.savez_compressed(file, clean_label=true, noisy_label=noisy),
 }
+
+
+def read_matrix(path: Path, classes: tuple[str, ...]) -> np.ndarray:  # [C, C] float64
+    """Rows: true classes, columns: labels; each row sums to 1. Raises BadInput naming the row and the cure."""
+    where, c = f"data.noise.matrix {path}", len(classes)
+    try:
+        if path.suffix == ".npy":
+            matrix = np.load(path, allow_pickle=False).astype(np.float64)
+        else:
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.reader(file) if row]
+            if rows and tuple(sorted(rows[0][1:])) == tuple(sorted(classes)):  # names above and before
+                share = {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[1:]}
+                rows = [[share[true][label] for label in classes] for true in classes]
+            matrix = np.array(rows, dtype=np.float64)
+    except KeyError as error:
+        raise BadInput(f"{where}: has no row for the class {error}; give one for each") from error
+    except (OSError, ValueError, EOFError, csv.Error) as error:
+        raise BadInput(
+            f"{where}: cannot be read as {c} x {c} numbers, with or without the classes' names ({error})"
+        ) from error
+    if matrix.shape != (c, c):
+        shape = " x ".join(map(str, matrix.shape))
+        raise BadInput(f"{where}: is {shape}, the data set has {c} classes; give {c} x {c} shares")
+    for name, row in zip(classes, matrix, strict=True):
+        if not (row >= 0).all() or abs(row.sum() - 1) > 1e-3:
+            raise BadInput(f"{where}: the row of class {name!r} must be shares that sum to 1, not to {row.sum():g}")
+    return matrix / matrix.sum(axis=1, keepdims=True)
 
 
 # -- what files hold: labels, or a dict of them ------------------------------------------------------------------------
@@ -129,7 +158,7 @@ def _by_file(where: str, table: pa.Table, files: np.ndarray | None) -> np.ndarra
 def _chosen(where: str, path: Path, arrays: dict, key: str | None, labels: np.ndarray) -> np.ndarray:
     """The array that is meant: `key`, or label, noisy_label, or the only one of noisy labels. The clean ones tell a
     wrong order."""
-    noisy = [name for name in arrays if not str(name).startswith(("clean", "sha256"))]
+    noisy = [name for name in arrays if not str(name).startswith(("clean", "sha256", "matrix"))]
     usual = [name for name in ("label", "noisy_label") if name in arrays] or (noisy if len(noisy) == 1 else [None])
     key = key or usual[0]
     if key not in arrays:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from flywheel_fast.data.manifest import DROPPED, Manifest
-from flywheel_fast.data.order import epoch_order
+from flywheel_fast.data.order import balanced_order, epoch_order
 from flywheel_fast.errors import BadInput
 
 WHOLE_CROP = 0.875  # with random resized crops, the clean view is this share of the shorter side, as is usual
 SWEEP_BATCH = 500
+SCAN_BATCH = 16  # DALI 2.x dies of a segmentation fault where many of a larger batch are broken: of 32, eight suffice
 AHEAD = 2  # batches under way in DALI
 MOST_BROKEN = 100  # files looked for, once one is found
 
@@ -81,10 +82,13 @@ class Loader:
         cache_gb: float = 2.0,
         rank: int = 0,
         world: int = 1,
+        balanced_batches: int | None = None,
     ):
         self.manifest, self.views, self.batch_size, self.seed = manifest, views, batch_size, seed
         self.device, self.threads, self.rank, self.world = torch.device(device), threads, rank, world
-        self.used = None if manifest.reviewed is None else manifest.reviewed != DROPPED  # [N] bool
+        everything = np.arange(len(manifest))
+        self.used = everything if manifest.reviewed is None else everything[manifest.reviewed != DROPPED]
+        self.balanced_batches = balanced_batches
         self.graphs: dict[tuple[str, ...], bytes] = {}  # by their views, none for those that only decode
         self.cache: np.ndarray | None = None  # [N, H + 2 pad, W + 2 pad, 3] uint8
         if views.crop == "pad" and 3 * (views.image_size + 2 * views.pad) ** 2 * len(manifest) <= cache_gb * 1e9:
@@ -92,21 +96,28 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches of an epoch, on this rank."""
-        return -(-len(self._used(np.arange(self.rank, len(self.manifest), self.world))) // self.batch_size)
+        return self.balanced_batches or -(-self.drawn // self.batch_size)
+
+    @property
+    def drawn(self) -> int:
+        """Samples of an epoch, on this rank."""
+        if self.balanced_batches:
+            return self.balanced_batches * self.batch_size
+        return len(self.used[self.rank :: self.world])
 
     def epoch(self, epoch: int, views: tuple[str, ...] = ("weak", "strong")) -> Iterator[Batch]:
-        """Every sample of this rank once, shuffled; the last batch may be short."""
-        order = self._used(epoch_order(len(self.manifest), self.seed, epoch, self.rank, self.world))
+        """Every sample of this rank once, shuffled, the last batch may be short; or the class-balanced batches."""
+        if self.balanced_batches:
+            labels, size = self.manifest.labels[self.used], self.drawn * self.world
+            order = balanced_order(labels, size, self.seed, epoch, self.rank, self.world)
+        else:
+            order = epoch_order(len(self.used), self.seed, epoch, self.rank, self.world)
         seed = int(np.random.SeedSequence((self.seed, epoch, self.rank)).generate_state(1)[0]) & 0x7FFFFFFF
-        return self._batches(order, self.batch_size, views, seed)
+        return self._batches(self.used[order], self.batch_size, views, seed)
 
     def sweep(self) -> Iterator[Batch]:
         """The clean view of every sample of this rank once, in order, in larger batches."""
-        order = self._used(np.arange(self.rank, len(self.manifest), self.world))
-        return self._batches(order, SWEEP_BATCH, ("clean",), seed=0)
-
-    def _used(self, order: np.ndarray) -> np.ndarray:
-        return order if self.used is None else order[self.used[order]]
+        return self._batches(self.used[self.rank :: self.world], SWEEP_BATCH, ("clean",), seed=0)
 
     def _batches(self, order: np.ndarray, batch_size: int, views: tuple[str, ...], seed: int) -> Iterator[Batch]:
         pieces = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
@@ -167,6 +178,22 @@ class Loader:
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
+    def looked_at(self, rows: np.ndarray) -> Iterator[tuple[int, str]]:
+        """Decodes the files of these rows [n]: each row, and why DALI refuses it, or nothing."""
+        pieces = [rows[at : at + SCAN_BATCH] for at in range(0, len(rows), SCAN_BATCH)]
+        while pieces:
+            done = 0
+            try:
+                for _ in self._outputs(pieces, self._encoded):
+                    yield from ((row, "") for row in pieces[done].tolist())
+                    done += 1
+                return
+            except (RuntimeError, OSError):
+                for piece in pieces[done : done + 1 + AHEAD]:  # it was one of those under way
+                    problems = dict(self._broken(piece))
+                    yield from ((row, problems.get(row, "")) for row in piece.tolist())
+                pieces = pieces[done + 1 + AHEAD :]
+
     def _encoded(self, piece: np.ndarray) -> list[np.ndarray]:  # each [bytes of the file] uint8
         return [np.fromfile(self.manifest.root / file, dtype=np.uint8) for file in self.manifest.files[piece]]
 
@@ -188,7 +215,11 @@ class Loader:
 
     def _name_broken(self, pieces: list[np.ndarray], error: Exception) -> None:
         """Raises BadInput that names the unreadable files of the pieces; returns if all of them can be read."""
-        found = list(islice((broken for piece in pieces for broken in self._broken(piece)), MOST_BROKEN))
+        refused = (broken for piece in pieces for broken in self._broken(piece))
+        found = [
+            f"{self.manifest.root / self.manifest.files[row]}: {problem}"
+            for row, problem in islice(refused, MOST_BROKEN)
+        ]
         if len(found) == 1:
             raise BadInput(f"{found[0]}; replace it, or take it out of the data set") from error
         if found:
@@ -196,8 +227,8 @@ class Loader:
             first = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
             raise BadInput(f"{count} are broken: {first}; replace them, or take them out of the data set") from error
 
-    def _broken(self, piece: np.ndarray) -> Iterator[str]:
-        """DALI says that it failed, not of which file: halve until it is one."""
+    def _broken(self, piece: np.ndarray) -> Iterator[tuple[int, str]]:
+        """Rows and why. DALI says that it failed, not of which file: halve until it is one."""
         try:
             list(self._outputs([piece], self._encoded))
         except (RuntimeError, OSError) as error:
@@ -207,7 +238,7 @@ class Loader:
                 return
             path = self.manifest.root / self.manifest.files[piece[0]]
             reason = error.strerror if isinstance(error, OSError) else _why_refused(path.read_bytes())
-            yield f"{path}: cannot be read as an image ({reason})"
+            yield int(piece[0]), f"cannot be read as an image ({reason})"
 
 
 def _why_refused(content: bytes) -> str:
@@ -219,7 +250,7 @@ def _why_refused(content: bytes) -> str:
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            return f"DALI refuses this {image.format}"
+            return f"DALI refuses this {image.format}, save it anew as JPEG or PNG"
     except Exception as error:  # every format has its own
         return str(error).split(" <_io.BytesIO")[0]
 

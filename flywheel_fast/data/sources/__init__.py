@@ -13,7 +13,8 @@ from flywheel_fast.data.noise import NoiseConfig
 from flywheel_fast.data.sources import arrays, folders, lists, shards, tables
 from flywheel_fast.errors import BadInput
 
-SOURCES: dict[str, Callable[[Path], tuple[Manifest, Manifest | None]]] = {
+# root -> training split, test split; and ImageNet's validation images, which WebVision is tested on too
+SOURCES: dict[str, Callable[[Path], tuple[Manifest | None, ...]]] = {
     "digits": lambda root: arrays.digits(),
     "folder": folders.read,
     "csv": tables.read,
@@ -47,6 +48,8 @@ class DataConfig:
     such a metadata.csv; webdataset: a folder of tar shards; the others as they are published (docs/data.md)."""
     root: str = ""
     """The folder, or the table (its paths are relative to it)."""
+    download: bool = False
+    """CIFAR-10 and -100 that are not in `root` yet are downloaded into it, by torchvision."""
     skip: str | None = None
     """A table of files to leave out, such as the bad_files.csv that `flywheel-fast data check` writes."""
     reviews: str | None = None
@@ -72,6 +75,8 @@ class DataConfig:
     def __post_init__(self):
         if self.source != "digits" and not self.root:
             raise ValueError(f"data.source={self.source} needs data.root=PATH")
+        if self.download and self.source not in arrays.LAYOUT:
+            raise ValueError(f"data.download=true is for {', '.join(arrays.LAYOUT)}, not for {self.source}")
         if not 0 < self.holdout < 1:
             raise ValueError(f"data.holdout must be in (0, 1), not {self.holdout}")
         for name in ("train_size", "test_size"):
@@ -87,8 +92,14 @@ class DataConfig:
 
 class Data(NamedTuple):
     train: Manifest
-    test: Manifest | None
+    test: Manifest
     noisy_labels: np.ndarray  # of every file of the training split, before the holdout: what a noise file holds
+    imagenet: Manifest | None = None  # WebVision's second test set
+
+    def splits(self) -> dict[str, Manifest]:
+        """By name, the training split first."""
+        named = {"train": self.train, "test": self.test, "imagenet": self.imagenet}
+        return {name: part for name, part in named.items() if part is not None}
 
 
 def load(config: DataConfig, present: bool = True) -> Data:
@@ -96,7 +107,10 @@ def load(config: DataConfig, present: bool = True) -> Data:
 
     `present`: all files must be there.
     """
-    train, test = SOURCES[config.source](Path(config.root))
+    if config.download:
+        arrays.download(Path(config.root), config.source)
+    train, *rest = SOURCES[config.source](Path(config.root))
+    tests = {name: part for name, part in zip(("test", "imagenet"), rest, strict=False) if part is not None}
     if len(train.classes) < 2:
         raise BadInput(f"{train.root}: holds one class only ({train.classes[0]!r}); a classifier needs at least two")
     source, source_labels = train, train.labels
@@ -105,31 +119,35 @@ def load(config: DataConfig, present: bool = True) -> Data:
         train = Manifest(train.root, train.files, noisy, train.classes, true_labels=source_labels)
     if config.reviews:
         train = replace(train, reviewed=reviews.of_manifest(Path(config.reviews), train))
-    if test is None:
+    if "test" not in tests:
         aside = _set_aside(source, config)
-        test, train, source_labels = source.subset(aside), train.subset(~aside), source_labels[~aside]
+        tests["test"], train, source_labels = source.subset(aside), train.subset(~aside), source_labels[~aside]
     if config.skip:  # only now: a noise file has a label for every file of the source
-        kept, kept_of_test = _kept(config.skip, train, test)
-        train, source_labels, test = train.subset(kept), source_labels[kept], test.subset(kept_of_test)
+        skipped = _skipped(config.skip)
+        kept = _kept(config.skip, skipped, train)
+        train, source_labels = train.subset(kept), source_labels[kept]
+        tests = {name: part.subset(_kept(config.skip, skipped, part)) for name, part in tests.items()}
     if config.train_size:
         chosen = _balanced(source_labels, train.classes, config.train_size, config.seed, "data.train_size")
         train, source_labels = train.subset(chosen), source_labels[chosen]
     if config.imbalance > 1:
         train = train.subset(_long_tailed(source_labels, len(train.classes), config.imbalance, config.seed))
     if config.test_size:
-        test = test.subset(_balanced(test.labels, test.classes, config.test_size, config.seed, "data.test_size"))
+        for name, part in tests.items():
+            chosen = _balanced(part.labels, part.classes, config.test_size, config.seed, "data.test_size")
+            tests[name] = part.subset(chosen)
     if train.reviewed is not None and np.all(train.reviewed == DROPPED):
         raise BadInput(f"data.reviews {config.reviews}: drops every training image; nothing would be left")
-    if present:
-        for manifest in (train, test):
-            gone = absent(manifest, config)
-            if len(gone):
-                more = f", nor do {len(gone) - 1:,} more of {len(manifest):,}" if len(gone) > 1 else ""
-                raise BadInput(
-                    f"{manifest.root / manifest.files[gone[0]]}: does not exist{more}; add what is missing, or leave "
-                    f"it out by data.skip=bad_files.csv (`flywheel-fast data check` writes that file)"
-                )
-    return Data(train, test, noisy)
+    data = Data(train, tests["test"], noisy, tests.get("imagenet"))
+    for manifest in data.splits().values() if present else ():
+        gone = absent(manifest, config)
+        if len(gone):
+            more = f", nor do {len(gone) - 1:,} more of {len(manifest):,}" if len(gone) > 1 else ""
+            raise BadInput(
+                f"{manifest.root / manifest.files[gone[0]]}: does not exist{more}; add what is missing, or leave "
+                f"it out by data.skip=bad_files.csv (`flywheel-fast data check` writes that file)"
+            )
+    return data
 
 
 def absent(manifest: Manifest, config: DataConfig) -> np.ndarray:  # [missing] int64
@@ -137,12 +155,14 @@ def absent(manifest: Manifest, config: DataConfig) -> np.ndarray:  # [missing] i
     return missing(manifest) if config.source in LISTED else np.empty(0, np.int64)
 
 
-def _kept(path: str, *manifests: Manifest) -> list[np.ndarray]:
-    """Rows of each manifest that the table does not name."""
+def _skipped(path: str) -> set[str]:
     table = read_table(f"data.skip {path}", Path(path), required=("file_name",), optional=())
-    named = set(table["file_name"].to_pylist())
-    kept = [np.flatnonzero([file not in named for file in manifest.files.tolist()]) for manifest in manifests]
-    if not all(map(len, kept)):
+    return set(table["file_name"].to_pylist())
+
+
+def _kept(path: str, skipped: set[str], manifest: Manifest) -> np.ndarray:  # [kept] int64
+    kept = np.flatnonzero([file not in skipped for file in manifest.files.tolist()])
+    if not len(kept):
         raise BadInput(f"data.skip {path}: names every file of a split; nothing would be left")
     return kept
 

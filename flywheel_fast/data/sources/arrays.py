@@ -61,6 +61,23 @@ def cifar(root: Path, name: str) -> tuple[Manifest, Manifest]:
     return manifest("train"), manifest("test")
 
 
+def download(root: Path, name: str) -> None:
+    """The published archive into root, checked and unpacked by torchvision, where it is not there. Raises BadInput."""
+    folder, *_, meta, _ = LAYOUT[name]
+    if (root / folder / meta).is_file() or (root / meta).is_file():
+        return
+    from torchvision import datasets
+
+    try:
+        {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name](root, download=True)
+    except (OSError, RuntimeError) as error:  # no network, no room; or a damaged archive
+        reason = " ".join(str(error).split())
+        raise BadInput(
+            f"data.download=true: {name} cannot be downloaded into {root} ({reason}); is there a network? "
+            f"Else unpack the published python version there"
+        ) from error
+
+
 def _batch(path: Path, label_key: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixels [n, 3072] uint8, channels first, and labels [n] int64."""
     content = pickles.load(path)

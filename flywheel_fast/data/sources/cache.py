@@ -13,12 +13,16 @@ from flywheel_fast.errors import BadInput
 WORTH_A_BAR = 5000  # files
 
 
+def home() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flywheel-fast"
+
+
 def made_once(name: str, files: Iterable[tuple[str, bytes]], total: int | None = None) -> Path:
     """The cache's folder `name`; where it is not there yet it is made of `files`: path and content. All of it or none.
 
     Raises BadInput where it cannot be written, and what making `files` raises.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flywheel-fast"
+    cache = home()
     folder = cache / name
     if folder.is_dir():
         return folder

@@ -55,8 +55,9 @@ def clothing1m(root: Path) -> tuple[Manifest, Manifest]:
     return train, test
 
 
-def webvision(root: Path, mini: bool) -> tuple[Manifest, Manifest]:
-    """WebVision 1.0 (Li et al. 2017): images found by the names of ImageNet's 1,000 classes.
+def webvision(root: Path, mini: bool) -> tuple[Manifest, Manifest, Manifest | None]:
+    """WebVision 1.0 (Li et al. 2017): images found by the names of ImageNet's 1,000 classes. Tested on its own
+    validation images and, if root/imagenet/val is there, on those of ILSVRC-2012.
 
     `mini`: the protocol of Jiang et al. 2018, the first 50 classes of the Google part.
     """
@@ -85,7 +86,24 @@ def webvision(root: Path, mini: bool) -> tuple[Manifest, Manifest]:
 
     engines = ("google",) if mini else ("google", "flickr")
     train = part([f"train_filelist_{engine}.txt" for engine in engines], "")
-    return train, part(["val_filelist.txt"], f"{val}/")
+    wnids = {wnid: label for label, (wnid, _, _) in enumerate(words)}
+    return train, part(["val_filelist.txt"], f"{val}/"), _imagenet(root, wnids, kept)
+
+
+def _imagenet(root: Path, wnids: dict[str, int], classes: tuple[str, ...]) -> Manifest | None:
+    """ILSVRC-2012's validation images in the usual class folders, imagenet/val/WNID/*.JPEG; those of `classes`."""
+    base = root / "imagenet" / "val"
+    if not base.is_dir():
+        return None
+    whole = class_folders(root, "imagenet/val", None)
+    strange = next((wnid for wnid in whole.classes if wnid not in wnids), None)
+    if strange:
+        raise BadInput(f"{base / strange}: is no class of {root / 'info' / 'synsets.txt'}; it must be a WordNet id")
+    labels = np.array([wnids[wnid] for wnid in whole.classes])[whole.labels]
+    rows = np.flatnonzero(labels < len(classes))
+    if not len(rows):
+        raise BadInput(f"{base}: holds no image of the first {len(classes)} classes; add them, or remove the folder")
+    return Manifest(root, whole.files[rows], labels[rows], classes)
 
 
 def tiny_imagenet(root: Path) -> tuple[Manifest, Manifest]:

@@ -1,0 +1,140 @@
+"""Files that cannot be trained on are found before the training, which would stop at the first of them in hour nine.
+
+Only DALI knows what DALI refuses: other decoders pass a PNG that lacks its last byte, and refuse JPEGs that it takes.
+So every file is decoded once; those that were well are remembered by name, size and time of change.
+"""
+
+import csv
+import hashlib
+import io
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from flywheel_fast.checkpoint import write_atomic
+from flywheel_fast.data.manifest import Manifest
+from flywheel_fast.data.pipelines import Loader, ViewsConfig
+from flywheel_fast.data.sources import cache
+from flywheel_fast.errors import BadInput, Failure
+
+WORTH_A_BAR = 5000  # files
+CHUNK = 1000  # files that a thread asks for at a time
+
+
+class BadFile(NamedTuple):
+    file_name: str
+    split: str
+    label: str
+    problem: str
+
+    @classmethod
+    def of(cls, manifest: Manifest, row: int, split: str, problem: str) -> "BadFile":
+        return cls(str(manifest.files[row]), split, manifest.classes[manifest.labels[row]], problem)
+
+
+def broken(
+    manifest: Manifest, split: str, device: torch.device | str, threads: int, present: np.ndarray | None = None
+) -> dict[int, BadFile]:
+    """The files that DALI refuses on `device`, by row; `present` [n] int64: of these rows only."""
+    rows = np.arange(len(manifest)) if present is None else present
+    marks = _marks(manifest, rows, threads)
+    path = _remembered_in(manifest.root, torch.device(device).type)
+    known = _recall(path)
+    new = ~np.isin(marks, known)
+    mark_of = dict(zip(rows[new].tolist(), marks[new].tolist(), strict=True))
+    loader = Loader(manifest, ViewsConfig(), 1, 0, device, threads, cache_gb=0)
+    found, well = {}, []
+    looks = track(
+        loader.looked_at(rows[new]),
+        f"reading every image to {split} once",
+        total=len(mark_of),
+        transient=True,
+        disable=len(mark_of) < WORTH_A_BAR,
+    )
+    try:
+        for row, problem in looks:
+            if problem:
+                found[row] = BadFile.of(manifest, row, split, problem)
+            else:
+                well.append(mark_of[row])
+    finally:  # what was looked at before an interruption is not looked at again
+        if well:
+            _remember(path, np.union1d(known, np.array(well, dtype=np.uint64)))
+    return found
+
+
+def without_broken(
+    manifest: Manifest, split: str, device: torch.device | str, threads: int
+) -> tuple[Manifest, list[BadFile]]:
+    """What DALI takes, and what was left out. Raises BadInput where a class to train on, or a split, is left empty."""
+    bad = broken(manifest, split, device, threads)
+    if not bad:
+        return manifest, []
+    kept = np.setdiff1d(np.arange(len(manifest)), list(bad))
+    lost = np.setdiff1d(manifest.labels, manifest.labels[kept])
+    if len(lost) and (split == "train" or not len(kept)):
+        first = next(one for row, one in bad.items() if manifest.labels[row] == lost[0])
+        raise BadInput(
+            f"{manifest.root}: none of the {split} images of class {first.label!r} can be read; "
+            f"{first.file_name} {first.problem}"
+        )
+    return manifest.subset(kept), list(bad.values())
+
+
+def write(path: Path, files: list[BadFile]) -> None:
+    """A table that `data.skip` reads. Raises Failure."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(BadFile._fields)
+    writer.writerows(files)
+    write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+# -- what is remembered ------------------------------------------------------------------------------------------------
+
+
+def _marks(manifest: Manifest, rows: np.ndarray, threads: int) -> np.ndarray:  # [n] uint64
+    """Of each file by name, size and time of change: equal where it is as it was."""
+
+    def of_chunk(chunk: np.ndarray) -> list[int]:
+        marks = []
+        for name in chunk.tolist():
+            try:
+                stat = (manifest.root / name).stat()
+                text = f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}"
+            except OSError:  # the look will tell
+                text = name
+            digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+            marks.append(int.from_bytes(digest))
+        return marks
+
+    files = manifest.files[rows]
+    with ThreadPoolExecutor(threads) as pool:
+        chunks = pool.map(of_chunk, [files[at : at + CHUNK] for at in range(0, len(files), CHUNK)])
+        return np.array([mark for chunk in chunks for mark in chunk], dtype=np.uint64)
+
+
+def _remembered_in(root: Path, device: str) -> Path:
+    """Another decoder works on a GPU."""
+    name = hashlib.blake2b(str(root.resolve()).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+    return cache.home() / "scans" / f"{name}-{device}.npy"
+
+
+def _recall(path: Path) -> np.ndarray:  # [files] uint64
+    try:
+        return np.load(path, allow_pickle=False).astype(np.uint64)
+    except (OSError, ValueError, EOFError):  # not there yet, or damaged
+        return np.empty(0, dtype=np.uint64)
+
+
+def _remember(path: Path, marks: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.save(content, marks)
+    try:
+        write_atomic(path, content.getvalue())
+    except (OSError, Failure):  # without it, the next run looks again
+        pass
