@@ -102,8 +102,7 @@ class Cycle:
         if epoch < self.config.warmup:
             self.warm_up(loader, epoch)
         else:
-            if self.state.teacher is None:  # resumed
-                self.look(loader)
+            self.recall(loader)
             self.msteps(loader, epoch)
         if self.expecting(epoch):
             if epoch + 1 == self.config.warmup and self.config.noise_model == "anchors":
@@ -162,6 +161,11 @@ class Cycle:
         expectation = Expectation(self.state, self.config.posterior)
         self.look(loader, expectation.add)
         expectation.finish(self.config.aligned, self.config.smoothing if self.config.noise_model == "em" else None)
+
+    def recall(self, loader) -> None:
+        """The teacher's logits, which a checkpoint does not hold."""
+        if self.state.teacher is None:
+            self.look(loader)
 
     def look(self, loader, use: Callable[[Tensor, Tensor, Tensor], None] | None = None) -> None:
         """Both networks on the clean view of every sample: the teacher's logits are kept; `use` is given the samples

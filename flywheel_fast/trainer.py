@@ -349,6 +349,7 @@ class Trainer:
 
     def _labels(self) -> audit.Labels:
         train_set, state = self.train_set, self.cycle.state
+        self.cycle.recall(self.loader)
         suspicion = state.suspicion.cpu().numpy()
         return audit.Labels(
             root=train_set.root,
