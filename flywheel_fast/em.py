@@ -6,9 +6,11 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from flywheel_fast import ops
 
+UNEXPLAINED = 0.05  # of what there is to learn of the labels; networks to which less is left learn them by heart
 RATES = (1e-3, 1 - 1e-6)  # a gamma beyond them would never come back
 PIECE = 1 << 16  # samples at a time, where all are at hand
 MIN_CLASS_MASS = 1e-6  # of the mean prediction; keeps the alignment weight of a dying class finite
@@ -39,6 +41,8 @@ class EMState:
     gamma: Tensor  # [] float64           mean of w: share of clean labels
     clean_rate: Tensor  # [C] float64     gamma_y, prior probability that a label of true class y is clean
     corruption: Tensor  # [C, C] float32  T_c(y, j), diagonal zero, times (1 - gamma_y) / (1 - gamma_j)
+    prior: Tensor  # [C, C] float64       P(observed j | true y) at the end of the warm-up; zero where there is none
+    memorised: Tensor  # [] bool          did the networks know more of the labels then than images can tell?
     align: Tensor  # [C] float32          observed class share over mean prediction; ones before the first look
     posterior_sum: Tensor  # [C, C] float64   sum of q(y) by observed label j: T_full before it is normalised
     # not kept in a checkpoint: these come with the data and with the first look
@@ -62,6 +66,8 @@ class EMState:
             gamma=torch.tensor(gamma, dtype=torch.float64, device=device),
             clean_rate=torch.full((num_classes,), gamma, dtype=torch.float64, device=device),
             corruption=off_diagonal.t() / max(num_classes - 1, 1),
+            prior=torch.zeros(num_classes, num_classes, dtype=torch.float64, device=device),
+            memorised=torch.tensor(False, device=device),
             align=torch.ones(num_classes, device=device),
             posterior_sum=torch.zeros(num_classes, num_classes, dtype=torch.float64, device=device),
         )
@@ -110,14 +116,25 @@ class EMState:
         return logits
 
     def find_noise(self, kind: str) -> None:
-        """gamma by class and T_c, and eps with them, from what the teacher has learned of the observed labels."""
+        """gamma by class and T_c, and eps with them, from what the teacher has learned of the observed labels; and
+        whether it has learned them by heart.
+
+        A label says H(T), the entropy of T's rows, less than what could be known of it: a network to which as good as
+        nothing else is left unexplained, log C being all, tells samples apart that only their labels set apart.
+        """
         used = self.reviews.used.nonzero()[:, 0] if self.reviews else torch.arange(len(self.labels))
         anchors = Anchors(self.labels[used], self.num_classes)
         pieces = [(index, self.teacher[index]) for index in used.to(self.labels.device).split(PIECE)]
         for look in (anchors.look, anchors.add):
             for index, logits in pieces:
                 look(self.labels[index], logits)
-        self.set_noise(anchors.transition())
+        self.prior = anchors.transition()
+        self.set_noise(self.prior)
+        shares = anchors.of_label / anchors.of_label.sum()
+        floor = (torch.special.entr(self.prior).sum(dim=1) * shares).sum()
+        each = [F.cross_entropy(logits.float(), self.labels[index], reduction="none") for index, logits in pieces]
+        left = (torch.cat(each).double().mean() - floor) / (math.log(self.num_classes) - floor).clamp_min(1e-3)
+        self.memorised = left < UNEXPLAINED
         for index, logits in pieces:
             labels, clean_prob = self.labels[index], self.clean_prob[index]
             self.eps[index] = ops.aux_estep(logits, labels, clean_prob, self.corruption, self.align, kind).eps
@@ -134,8 +151,9 @@ class EMState:
         self, index: Tensor, logits: Tensor, target: str, kind: str, confidence: float = 0.0, delta: float = 1e-4
     ) -> Tensor:
         """Loss [] of logits [V * B, C], V views of the samples `index` [B], against step 2's posterior (target soft_q),
-        which follows from the teacher and is never stored, or against the resampled label (argmax_f)."""
-        if target == "argmax_f":
+        which follows from the teacher and is never stored, or the resampled label (argmax_f); auto: the second where
+        the labels have been memorised."""
+        if target == "argmax_f" or (target == "auto" and self.memorised):
             teacher, labels, clean_prob, corruption = None, self.resampled_label[index], None, None
         else:
             teacher, labels = self.teacher[index], self.labels[index]
@@ -226,8 +244,9 @@ class Expectation:
         state.eps[index] = step.eps
 
     def finish(self, aligned: bool, smoothing: float | None) -> None:
-        """T_c(y, j) proportional to smoothing/C + corrupted_sum, rows normalised, diagonal zero, and gamma the mean of
-        w; without a smoothing gamma_y and T_c stay as they were. New alignment."""
+        """gamma the mean of w, and T_c(y, j) proportional to smoothing/C + corrupted_sum, rows normalised, diagonal
+        zero; without a smoothing gamma_y and T_c from the posterior, to which the prior is worth as much as all
+        samples. New alignment."""
         state, c, reviews = self.state, self.state.num_classes, self.state.reviews
         state.pin()
         if reviews:  # decided labels counted as observed and clean, but it is the given ones that are spoken of
@@ -241,6 +260,9 @@ class Expectation:
             off_diagonal = 1 - torch.eye(c, dtype=torch.float64, device=state.labels.device)
             counts = (self.sums.corrupted_sum + smoothing / c) * off_diagonal
             state.corruption = (counts / counts.sum(dim=1, keepdim=True).clamp_min(1e-300)).float()
+        else:
+            sums = self.sums.posterior_sum
+            state.set_noise((state.prior + (sums + state.prior) / (sums.sum(dim=1, keepdim=True) + 1)) / 2)
         state.posterior_sum = self.sums.posterior_sum
         suspected = (state.clean_prob < 0.5) & (state.suggested_label != state.labels)
         state.suspicion = (state.suspicion << 1) | suspected

@@ -18,6 +18,7 @@ from flywheel_fast.learner import Learner
 
 ROOT = Path(accuracy.__file__).parent.parent
 PLANS = ROOT / "benchmarks/plans"
+PLAN_OF_LABELS = PLANS / "label_errors.yaml"  # of another instrument
 
 
 def call(plan, folder, *words):
@@ -122,7 +123,7 @@ def test_a_broken_run_is_reported_and_the_others_are_done(tmp_path, capsys):
 # -- plans -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", sorted(PLANS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted({*PLANS.glob("*.yaml")} - {PLAN_OF_LABELS}), ids=lambda path: path.stem)
 def test_the_plans_are_valid(path, monkeypatch):
     monkeypatch.setenv("FLYWHEEL_DATA", "/somewhere")
     runs = accuracy.read_plan(path)
@@ -211,7 +212,7 @@ def test_no_share_of_a_gap_that_is_none():
 
 @pytest.mark.parametrize(
     "cycle",
-    [{"kind": "cross_entropy"}, {}, {"target": "soft_q"}, {"contrastive": 0.1}, {"noise_model": "anchors"}],
+    [{"kind": "cross_entropy"}, {}, {"contrastive": 0.1}, {"noise_model": "em"}],
     ids=str,
 )
 def test_forward_passes_are_as_many_as_the_cycle_makes(cycle, monkeypatch):

@@ -19,7 +19,7 @@ def noisy(request):
 
 def test_flywheel_beats_cross_entropy_and_recovers_gamma_and_corruption(noisy):
     plain, _, _ = toy.run(noisy, kind="cross_entropy")
-    accuracy, gamma, cycle = toy.run(noisy)
+    accuracy, gamma, cycle = toy.run(noisy, **toy.LITERAL)
     assert accuracy > plain + 0.08
     assert accuracy > 0.88
     assert abs(gamma - np.mean(noisy.true == noisy.labels)) < 0.08
@@ -153,29 +153,44 @@ def test_anchors_recover_class_dependent_noise(pieces):
 
 
 def test_noise_that_is_set_gives_each_class_its_own_prior():
-    """w and the joint posterior by Bayes' rule with gamma_y, as the definition has them."""
+    """w by Bayes' rule with gamma_y, as the definition has it; then the noise moves half the way to the posterior's."""
     transition, labels, logits = noisy_posteriors(200)
-    state = EMState.start(labels, 4, 0.5)
+    state, index = EMState.start(labels, 4, 0.5), torch.arange(200)
+    state.prior = transition
     state.set_noise(transition)
-    before, index = state.corruption.clone(), torch.arange(200)
-    for _ in range(2):  # the second has the eps of the first
-        expectation = Expectation(state, "joint")
-        expectation.add(index, logits.flip(1), logits)
-        expectation.finish(aligned=False, smoothing=None)
+    expectation = Expectation(state, "joint")
+    expectation.add(index, logits.flip(1), logits)
+    expectation = Expectation(state, "joint")  # now with its eps
+    expectation.add(index, logits.flip(1), logits)
     f, g = logits.double().softmax(1), logits.flip(1).double().softmax(1)
-    rate = transition.diagonal().clamp(max=1 - 1e-6)
     for i in range(200):
         j = labels[i]
         corrupted = sum(f[i, y] * transition[y, j] for y in range(4) if y != j)
-        clean = rate[j] * g[i, j]
+        clean = transition[j, j] * g[i, j]
         assert abs(state.clean_prob[i] - clean / (clean + corrupted)) < 1e-3
-    assert torch.equal(state.corruption, before) and torch.equal(state.clean_rate, rate)
+    q = ops.posterior(logits, labels, state.clean_prob, state.corruption, "joint").double()
+    counts = transition + torch.stack([q[labels == j].sum(dim=0) for j in range(4)], dim=1)
+    expectation.finish(aligned=False, smoothing=None)
+    wanted = (transition + counts / counts.sum(dim=1, keepdim=True)) / 2
+    assert torch.allclose(state.clean_rate, wanted.diagonal(), atol=1e-6)
     assert abs(state.gamma - state.clean_prob.double().mean()) < 1e-12
+
+
+@pytest.mark.parametrize("by_heart", [False, True])
+def test_labels_learned_by_heart_are_noticed_and_change_the_target(by_heart):
+    transition, labels, logits = noisy_posteriors(4000)
+    state, index = EMState.start(labels, 4, 0.5), torch.arange(4000)
+    known = torch.nn.functional.one_hot(labels, 4).float() if by_heart else 0
+    state.teach(index, logits, logits + 8 * known, both=True)
+    state.find_noise("joint")
+    assert state.memorised == by_heart
+    found = [state.loss(index, logits, target, "joint") for target in ("auto", "argmax_f", "soft_q")]
+    assert found[0] == found[1 if by_heart else 2] and found[1] != found[2]
 
 
 def test_the_cycle_with_anchors_recovers_gamma_on_the_toy():
     noisy = toy.make("pair", 0.4)
-    accuracy, gamma, _ = toy.run(noisy, posterior="joint", noise_model="anchors")
+    accuracy, gamma, _ = toy.run(noisy, ema=0.98)
     assert accuracy > 0.88 and abs(gamma - np.mean(noisy.true == noisy.labels)) < 0.08
 
 
@@ -223,5 +238,5 @@ def test_ailments_are_named(gamma, clean_prob, agreement, said):
 
 def test_memorised_labels_are_noticed():
     """Soft targets where networks memorise: gamma runs to 1, and the state says so."""
-    _, gamma, cycle = toy.run(toy.make("asym", 0.4), epochs=30, target="soft_q", confidence=0.0)
+    _, gamma, cycle = toy.run(toy.make("asym", 0.4), epochs=30, **toy.LITERAL | {"target": "soft_q"}, confidence=0.0)
     assert gamma > 0.995 and "gamma near 1" in cycle.state.ailments(range(toy.C))

@@ -58,6 +58,10 @@ def make(kind: str, rate: float, seed: int = 0) -> Toy:
     return Toy(shape(x), true, labels, shape(test_x), test_true)
 
 
+# the paper's choices
+LITERAL = {"posterior": "mixture", "target": "argmax_f", "teacher": "aux", "noise_model": "em"}
+
+
 class MLP(nn.Sequential):
     def __init__(self, seed):
         torch.manual_seed(seed)
