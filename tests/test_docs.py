@@ -142,8 +142,13 @@ def test_the_tables_of_the_readme_are_those_of_the_results(tmp_path, monkeypatch
 
 def test_links_and_run_folder_names_exist():
     for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8")
-        for name in re.findall(r"\]\(([^)h#][^)#]*)[^)]*\)", text):
-            assert ((ROOT / page).parent / name).exists(), f"{page}: {name}"
+        for name, _, anchor in re.findall(
+            r"\]\((?!http)([^)#]*)(#([^)]*))?\)", (ROOT / page).read_text(encoding="utf-8")
+        ):
+            target = (ROOT / page).parent / name if name else ROOT / page
+            assert target.exists(), f"{page}: {name}"
+            headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.M) if anchor else []
+            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert not anchor or anchor in slugs, f"{page}: {name}#{anchor}"
     documented = set(re.findall(r"`([\w.]+)/?`", (ROOT / "docs/run_folder.md").read_text()))
     assert run_folder.OWN <= documented | {"weights", "labels", "plots"}
