@@ -20,8 +20,8 @@ def problem(run: Path, out: Path, columns: int = 10) -> None:
     labels = audit.read_labels(run / "labels")
     of_class = labels.given[labels.suspects]
     worst = [labels.suspects[of_class == label][0] for label in range(len(labels.classes)) if (of_class == label).any()]
-    figure, axes = plt.subplots(1, min(columns, len(worst)), figsize=(9, 1.6), dpi=150)
-    for axis, i in zip(axes, worst, strict=False):
+    figure, axes = plt.subplots(1, min(columns, len(worst)), figsize=(9, 1.6), dpi=150, squeeze=False)
+    for axis, i in zip(axes[0], worst, strict=False):
         axis.imshow(plt.imread(labels.root / labels.files[i]), cmap="gray_r")
         axis.set_title(f"labelled {labels.classes[labels.given[i]]}", color=GIVEN, fontsize=8)
         axis.set_xlabel(f"rather {labels.classes[labels.suggested[i]]}", color=SUGGESTED, fontsize=8)

@@ -22,7 +22,7 @@ tags: [image-classification, learning-with-noisy-labels]
 # {name}
 
 An image classifier of {count} classes, trained by [flywheel-fast](https://arxiv.org/abs/2401.04390) on labels of
-which a part is wrong. {verdict}
+which a part is wrong.{verdict}
 
 ## Trained
 
@@ -96,7 +96,7 @@ def text(config, classes: tuple[str, ...], record: dict, labels: audit.Labels | 
     return TEXT.format(
         name=_plain(config.name),
         count=len(classes),
-        verdict="**Do not use it: " + " ".join(_plain(said) for said in ailments) + "**" if ailments else "",
+        verdict=" **Do not use it: " + " ".join(_plain(said) for said in ailments) + "**" if ailments else "",
         trained=_table(trained),
         labels=_table(said),
         quality=_table(quality)

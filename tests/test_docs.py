@@ -3,19 +3,22 @@
 Trainings are cut to two epochs. What is under a mark `<!-- not run here: WHY -->` is parsed, and its config resolved.
 """
 
+import dataclasses
 import os
 import re
 import shlex
 import shutil
 from pathlib import Path
 
+import made_labels
 import numpy as np
 import pytest
 from conftest import write_image
+from PIL import Image
 
 from benchmarks import accuracy, label_errors
-from docs import tables
-from flywheel_fast import cli, config, run_folder
+from docs import pictures, tables
+from flywheel_fast import audit, cli, config, run_folder
 from flywheel_fast.data import fixtures
 from flywheel_fast.trainer import Config
 
@@ -140,10 +143,25 @@ def test_the_tables_of_the_readme_are_those_of_the_results(tmp_path, monkeypatch
     assert tables.filled(text) == "<!-- table x.md -->\n\n| a |\n| --- |\n| 1 |\n\n<!-- end of table -->\n"
 
 
+def test_the_picture_of_the_problem_has_a_suspect_of_each_class(place, tmp_path):
+    files = np.array([f"train/{name}/{number}.png" for name in ("cat", "dog") for number in range(6)])
+    given = np.repeat([0, 1], 6)
+    found = made_labels.labels(given, 1 - given, np.full(12, 0.01), classes=("cat", "dog"), root=place / "PHOTOS")
+    audit.write_labels(dataclasses.replace(found, files=files), tmp_path / "labels")
+    pictures.problem(tmp_path, tmp_path / "problem.png")
+    assert Image.open(tmp_path / "problem.png").size == (1350, 240)
+    assert len(pictures.plt.gcf().axes) == 2
+
+
 def test_links_and_run_folder_names_exist():
     for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8")
-        for name in re.findall(r"\]\(([^)h#][^)#]*)[^)]*\)", text):
-            assert ((ROOT / page).parent / name).exists(), f"{page}: {name}"
+        for name, _, anchor in re.findall(
+            r"\]\((?!http)([^)#]*)(#([^)]*))?\)", (ROOT / page).read_text(encoding="utf-8")
+        ):
+            target = (ROOT / page).parent / name if name else ROOT / page
+            assert target.exists(), f"{page}: {name}"
+            headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.M) if anchor else []
+            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert not anchor or anchor in slugs, f"{page}: {name}#{anchor}"
     documented = set(re.findall(r"`([\w.]+)/?`", (ROOT / "docs/run_folder.md").read_text()))
     assert run_folder.OWN <= documented | {"weights", "labels", "plots"}

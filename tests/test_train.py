@@ -308,8 +308,6 @@ def test_doctor_finds_nothing_broken_here(tmp_path):
 
 
 def test_readme_names_only_what_exists():
-    for name in re.findall(r"\]\(([^)h][^)]*)\)", README):
-        assert (ROOT / name).exists(), name
     for name in re.findall(r"^\| `(\w+)` \|", README, re.M):
         assert (ROOT / "configs" / f"{name}.yaml").exists(), name
     assert all(command in README for command in ("pip install -e .", "flywheel-fast doctor", "--resume auto"))
