@@ -2,7 +2,7 @@
 
     python -m benchmarks.manifest [--append benchmarks/results/manifest.csv]
 
-Lists of made-up names; no picture is needed, for nothing looks for them. Each step has a process of its own; its seconds
+Lists of made-up names; no picture is needed, for nothing looks for them. Each step has its own process; its seconds
 are without imports, its peak memory is that of everything. On a busy machine go by the seconds of the processor.
 """
 
