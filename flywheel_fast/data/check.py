@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rich.console import Console
@@ -20,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flywheel_fast.checkpoint import write_atomic
-from flywheel_fast.data import noise, noise_files, scan, sources
+from flywheel_fast.data import manifest, noise, noise_files, scan, sources
 from flywheel_fast.data.manifest import Manifest
 from flywheel_fast.data.noise import NoiseConfig
 from flywheel_fast.errors import BadInput
@@ -81,39 +79,12 @@ def check(config: sources.DataConfig, out: Path, console: Console) -> None:
     pairs = ((*rows.cells(row), *rows.cells(group[0])) for group in groups for row in group[1:])
     _write_csv(out / "duplicates.csv", (*names, *(f"same_as_{name}" for name in names)), pairs)
     write_atomic(out / "contact.png", _contact_sheet(rows, looks))
-    write_atomic(out / "manifest.parquet", to_parquet(splits["train"], splits["test"]))
+    write_atomic(out / "manifest.parquet", manifest.to_parquet(splits["train"], splits["test"]))
     console.print(f"\nwritten to {out}: bad_files.csv, duplicates.csv, contact.png, manifest.parquet", markup=False)
     if broken:
         console.print("a training leaves the broken files out by itself", markup=False)
     if gone:
         console.print(f"leave the missing ones out of it by data.skip={out / 'bad_files.csv'}", markup=False)
-
-
-def to_parquet(train: Manifest, test: Manifest) -> memoryview:
-    """A table that data.source=csv opens, once it lies in the data root."""
-    names = pa.array(train.classes, pa.string())
-
-    def column(train_labels: np.ndarray, test_labels: np.ndarray) -> pa.Array:
-        return pa.DictionaryArray.from_arrays(pa.array(np.concatenate([train_labels, test_labels]), pa.int32()), names)
-
-    columns = {
-        "file_name": pa.chunked_array([*_in_pieces(train.files), *_in_pieces(test.files)]),
-        "label": column(train.labels, test.labels),
-        "split": pa.DictionaryArray.from_arrays(
-            pa.array(np.repeat([0, 1], [len(train), len(test)]), pa.int8()), ["train", "test"]
-        ),
-    }
-    if train.true_labels is not None:
-        true = test.labels if test.true_labels is None else test.true_labels
-        columns["true_label"] = column(train.true_labels, true)
-    content = io.BytesIO()
-    pa.parquet.write_table(pa.table(columns), content, compression="zstd", use_dictionary=["label", "split"])
-    return content.getbuffer()
-
-
-def _in_pieces(files: np.ndarray) -> list[pa.Array]:
-    """Arrow makes one large array by doubling, which takes three times its memory."""
-    return [pa.array(piece, pa.string()) for piece in np.array_split(files, len(files) // 100_000 + 1)]
 
 
 # -- looking at every file ---------------------------------------------------------------------------------------------
