@@ -72,7 +72,8 @@ def measure(noise: str, seed: int, words: list[str], shares: tuple[float, ...], 
     """A row for each order and share."""
     base = scratch / "base"
     base.mkdir(parents=True)
-    seeds = [f"seed={seed}", f"data.seed={seed}", f"data.noise.seed={seed}"]
+    # equal seeds would draw the subset and the wrong labels from the same permutation of a class
+    seeds = [f"seed={seed}", f"data.seed={seed}", f"data.noise.seed={seed + 100}"]
     trained(base, False, ["data.train_size=600", *NOISES[noise], *seeds, *words])
     before = audit.read_labels(base / "labels")
     wrong, rows = before.given != before.true, []
