@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from flywheel_fast import config as configs
 from flywheel_fast import models
 from flywheel_fast.checkpoint import write_atomic
+from flywheel_fast.data import scan
 from flywheel_fast.data.manifest import Manifest
 from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.data.sources import SOURCES
@@ -22,8 +22,6 @@ from flywheel_fast.data.sources.folders import IMAGE_SUFFIXES
 from flywheel_fast.errors import BadInput, Failure
 from flywheel_fast.learner import Learner
 from flywheel_fast.trainer import Config
-
-PIECE = 2000  # files that are opened together
 
 
 class Predictor:
@@ -52,30 +50,15 @@ class Predictor:
 
     def probabilities(self, files: list[Path]) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Probabilities [K, C] float32 of the K files that can be read, which ones they are [K], and what broke."""
-        found, index, broken = [np.empty((0, len(self.classes)), np.float32)], [], []
-        names = np.array([str(file) for file in files])
-        for start in range(0, len(files), PIECE):
-            for piece, result in self._pieces(names, np.arange(start, min(start + PIECE, len(files)))):
-                if isinstance(result, BadInput):
-                    broken.append(f"{result}".partition("; ")[0])
-                else:
-                    index.append(piece)
-                    found.append(result)
-        return np.concatenate(found), np.concatenate([np.empty(0, np.int64), *index]), broken
-
-    def _pieces(self, names: np.ndarray, piece: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray | BadInput]]:
-        """Halves a piece [K] until each part can be read or is one file that cannot."""
-        manifest = Manifest(Path(), names[piece], np.zeros(len(piece), np.int64), self.classes)
-        try:
-            loader = Loader(manifest, self.config.views, 1, 0, self.device, self.config.data.threads, cache_gb=0)
-            batches = [self.learner.predict(clean).float().softmax(dim=1).cpu() for _, (clean,) in loader.sweep()]
-            yield piece, torch.cat(batches).numpy()
-        except BadInput as error:
-            if len(piece) == 1:
-                yield piece, error
-                return
-            for half in np.array_split(piece, 2):
-                yield from self._pieces(names, half)
+        names, threads = np.array([str(file) for file in files]), self.config.data.threads
+        manifest = Manifest(Path(), names, np.zeros(len(files), np.int64), self.classes)
+        refused = scan.broken(manifest, "given", self.device, threads)
+        index = np.array([row for row in range(len(files)) if row not in refused], dtype=np.int64)
+        found = [torch.empty(0, len(self.classes))]
+        if len(index):
+            loader = Loader(manifest.subset(index), self.config.views, 1, 0, self.device, threads, cache_gb=0)
+            found += [self.learner.predict(clean).float().softmax(dim=1).cpu() for _, (clean,) in loader.sweep()]
+        return torch.cat(found).numpy(), index, [f"{one.file_name}: {one.problem}" for one in refused.values()]
 
 
 def find_images(words: list[str]) -> list[Path]:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from flywheel_fast import cli, predict
+from flywheel_fast.data import pipelines
 from flywheel_fast.errors import BadInput, Failure
 
 
@@ -92,7 +93,7 @@ def test_a_broken_file_is_named_and_the_rest_predicted(run, digits, tmp_path, ca
 def test_any_number_of_files_in_any_number_of_pieces(run, digits, tmp_path, monkeypatch):
     files = sorted(map(str, (digits / "test" / "7").iterdir()))
     predict.predict(run, files, tmp_path / "one.csv")
-    monkeypatch.setattr(predict, "PIECE", 7)
+    monkeypatch.setattr(pipelines, "SWEEP_BATCH", 7)
     predict.predict(run, files, tmp_path / "many.csv")
     one, many = rows_of(tmp_path / "one.csv"), rows_of(tmp_path / "many.csv")
     assert [row["file_name"] for row in one] == [row["file_name"] for row in many] == files

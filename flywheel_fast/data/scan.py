@@ -50,7 +50,7 @@ def broken(
     found, well = {}, []
     looks = track(
         loader.looked_at(rows[new]),
-        f"reading every image to {split} once",
+        f"reading the {split} images once",
         total=len(mark_of),
         transient=True,
         disable=len(mark_of) < WORTH_A_BAR,
