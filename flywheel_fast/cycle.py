@@ -27,16 +27,16 @@ class CycleConfig:
     """flywheel: the two EM cycles; cross_entropy: the main network alone on the observed labels, the baseline."""
     warmup: int = 6
     """Epochs in which both networks learn the observed labels, before the first cycle."""
-    posterior: Literal["mixture", "joint"] = "joint"
+    posterior: Literal["mixture", "joint"] = "mixture"
     """Target of the auxiliary network: w onehot + (1-w) r, or f times (w onehot + (1-w) T_c), normalised."""
-    target: Literal["auto", "argmax_f", "soft_q"] = "auto"
-    """Target of the main network: the teacher's class (the paper's), or the soft posterior; auto: the first where the
-    warm-up has memorised the labels, which takes noise_model=anchors."""
+    target: Literal["argmax_f", "sharp_f", "soft_q"] = "sharp_f"
+    """Target of the main network: the teacher's class (the paper's), its squared probabilities, both blind to the
+    observed label, or the soft posterior."""
     teacher: Literal["both", "aux"] = "both"
     """Whose word the posterior follows: the auxiliary network's (the paper's), or the mean of both networks'."""
     noise_model: Literal["em", "anchors"] = "anchors"
-    """gamma and T_c: em, one gamma, both estimated anew in every cycle (the paper's); anchors, a gamma for each class,
-    estimated too, but under a prior that is found at the end of the warm-up, where the networks are surest."""
+    """gamma and T_c: em, one gamma, both from the posterior of all samples (the paper's); anchors, a gamma for each
+    class, both from the labels of the samples of which the teacher is surest. Estimated anew in every cycle."""
     aligned: bool = True
     """Keep the class shares of the resampled labels at those of the observed labels."""
     gamma: float = 0.5

@@ -6,11 +6,11 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from flywheel_fast import ops
 
-UNEXPLAINED = 0.05  # of what there is to learn of the labels; networks to which less is left learn them by heart
+SUREST = 0.3  # of a class's samples, that its noise is read from
+SHARPENED = 2  # power of the teacher's probabilities as a target
 RATES = (1e-3, 1 - 1e-6)  # a gamma beyond them would never come back
 PIECE = 1 << 16  # samples at a time, where all are at hand
 MIN_CLASS_MASS = 1e-6  # of the mean prediction; keeps the alignment weight of a dying class finite
@@ -41,8 +41,6 @@ class EMState:
     gamma: Tensor  # [] float64           mean of w: share of clean labels
     clean_rate: Tensor  # [C] float64     gamma_y, prior probability that a label of true class y is clean
     corruption: Tensor  # [C, C] float32  T_c(y, j), diagonal zero, times (1 - gamma_y) / (1 - gamma_j)
-    prior: Tensor  # [C, C] float64       P(observed j | true y) at the end of the warm-up; zero where there is none
-    memorised: Tensor  # [] bool          did the networks know more of the labels then than images can tell?
     align: Tensor  # [C] float32          observed class share over mean prediction; ones before the first look
     posterior_sum: Tensor  # [C, C] float64   sum of q(y) by observed label j: T_full before it is normalised
     # not kept in a checkpoint: these come with the data and with the first look
@@ -66,8 +64,6 @@ class EMState:
             gamma=torch.tensor(gamma, dtype=torch.float64, device=device),
             clean_rate=torch.full((num_classes,), gamma, dtype=torch.float64, device=device),
             corruption=off_diagonal.t() / max(num_classes - 1, 1),
-            prior=torch.zeros(num_classes, num_classes, dtype=torch.float64, device=device),
-            memorised=torch.tensor(False, device=device),
             align=torch.ones(num_classes, device=device),
             posterior_sum=torch.zeros(num_classes, num_classes, dtype=torch.float64, device=device),
         )
@@ -116,28 +112,34 @@ class EMState:
         return logits
 
     def find_noise(self, kind: str) -> None:
-        """gamma by class and T_c, and eps with them, from what the teacher has learned of the observed labels; and
-        whether it has learned them by heart.
-
-        A label says H(T), the entropy of T's rows, less than what could be known of it: a network to which as good as
-        nothing else is left unexplained, log C being all, tells samples apart that only their labels set apart.
-        """
-        used = self.reviews.used.nonzero()[:, 0] if self.reviews else torch.arange(len(self.labels))
-        anchors = Anchors(self.labels[used], self.num_classes)
-        pieces = [(index, self.teacher[index]) for index in used.to(self.labels.device).split(PIECE)]
-        for look in (anchors.look, anchors.add):
-            for index, logits in pieces:
-                look(self.labels[index], logits)
-        self.prior = anchors.transition()
-        self.set_noise(self.prior)
-        shares = anchors.of_label / anchors.of_label.sum()
-        floor = (torch.special.entr(self.prior).sum(dim=1) * shares).sum()
-        each = [F.cross_entropy(logits.float(), self.labels[index], reduction="none") for index, logits in pieces]
-        left = (torch.cat(each).double().mean() - floor) / (math.log(self.num_classes) - floor).clamp_min(1e-3)
-        self.memorised = left < UNEXPLAINED
-        for index, logits in pieces:
-            labels, clean_prob = self.labels[index], self.clean_prob[index]
+        """gamma by class, T_c, and eps with them, before the first E-step."""
+        self.set_noise(self.transition())
+        for index in torch.arange(len(self.labels), device=self.labels.device).split(PIECE):
+            logits, labels, clean_prob = self.teacher[index], self.labels[index], self.clean_prob[index]
             self.eps[index] = ops.aux_estep(logits, labels, clean_prob, self.corruption, self.align, kind).eps
+
+    def transition(self) -> Tensor:
+        """P(observed j | true y) [C, C] float64: the shares of the observed labels among the samples of which the
+        teacher is surest that they are of class y, three tenths as many as are observed so.
+
+        Where a network is surest, its class is as good as the truth (the anchors of Patrini et al. 2017, "Making Deep
+        Neural Networks Robust to Label Noise: a Loss Correction Approach"); that labels are counted there, as in the
+        confident joint of Northcutt et al. 2021, "Confident Learning", spares the question how sure a network ought
+        to be. What people have decided is left out.
+        """
+        c, device = self.num_classes, self.labels.device
+        free = self.reviews.free.nonzero()[:, 0] if self.reviews else torch.arange(len(self.labels), device=device)
+        counts = (torch.bincount(self.labels[free], minlength=c) * SUREST).ceil().clamp_min(1)  # [C]
+        surest = torch.zeros(c, 0, device=device)  # [C, most of counts]
+        labels = torch.zeros(c, 0, dtype=torch.int64, device=device)
+        for index in free.split(PIECE):
+            surest = torch.cat([surest, self.teacher[index].float().softmax(dim=1).t()], dim=1)
+            surest, best = surest.topk(min(int(counts.max()), surest.shape[1]), dim=1)
+            labels = torch.cat([labels, self.labels[index].expand(c, -1)], dim=1).gather(1, best)
+        counted = torch.arange(labels.shape[1], device=device) < counts[:, None]
+        pairs = (torch.arange(c, device=device)[:, None] * c + labels)[counted]
+        shares = torch.bincount(pairs, minlength=c * c).view(c, c).double() + 0.5 / c
+        return shares / shares.sum(dim=1, keepdim=True)
 
     def set_noise(self, transition: Tensor) -> None:
         """From P(observed j | true y) [C, C] float64, rows summing to 1: gamma_y is its diagonal, the rest T_c."""
@@ -150,14 +152,15 @@ class EMState:
     def loss(
         self, index: Tensor, logits: Tensor, target: str, kind: str, confidence: float = 0.0, delta: float = 1e-4
     ) -> Tensor:
-        """Loss [] of logits [V * B, C], V views of the samples `index` [B], against step 2's posterior (target soft_q),
-        which follows from the teacher and is never stored, or the resampled label (argmax_f); auto: the second where
-        the labels have been memorised."""
-        if target == "argmax_f" or (target == "auto" and self.memorised):
-            teacher, labels, clean_prob, corruption = None, self.resampled_label[index], None, None
-        else:
-            teacher, labels = self.teacher[index], self.labels[index]
-            clean_prob, corruption = self.clean_prob[index], self.corruption
+        """Loss [] of logits [V * B, C], V views of the samples `index` [B], against one of the targets of CycleConfig;
+        soft ones follow from the teacher's logits and are never stored."""
+        if target == "argmax_f":
+            return ops.posterior_loss(logits, None, self.resampled_label[index], None, None, kind, confidence, delta)
+        teacher, labels, clean_prob = self.teacher[index], self.labels[index], self.clean_prob[index]
+        corruption = self.corruption
+        if target == "sharp_f":  # a posterior to which every observed label is as likely as any other
+            teacher = (SHARPENED * (teacher.float() + self.align.log())).to(teacher.dtype)
+            clean_prob, corruption, kind = torch.zeros_like(clean_prob), torch.ones_like(corruption), "joint"
         return ops.posterior_loss(logits, teacher, labels, clean_prob, corruption, kind, confidence, delta)
 
     def entropy(self, kind: str) -> Tensor:
@@ -245,8 +248,7 @@ class Expectation:
 
     def finish(self, aligned: bool, smoothing: float | None) -> None:
         """gamma the mean of w, and T_c(y, j) proportional to smoothing/C + corrupted_sum, rows normalised, diagonal
-        zero; without a smoothing gamma_y and T_c from the posterior, to which the prior is worth as much as all
-        samples. New alignment."""
+        zero; without a smoothing gamma_y and T_c are those of the surest samples. New alignment."""
         state, c, reviews = self.state, self.state.num_classes, self.state.reviews
         state.pin()
         if reviews:  # decided labels counted as observed and clean, but it is the given ones that are spoken of
@@ -261,8 +263,7 @@ class Expectation:
             counts = (self.sums.corrupted_sum + smoothing / c) * off_diagonal
             state.corruption = (counts / counts.sum(dim=1, keepdim=True).clamp_min(1e-300)).float()
         else:
-            sums = self.sums.posterior_sum
-            state.set_noise((state.prior + (sums + state.prior) / (sums.sum(dim=1, keepdim=True) + 1)) / 2)
+            state.set_noise(state.transition())
         state.posterior_sum = self.sums.posterior_sum
         suspected = (state.clean_prob < 0.5) & (state.suggested_label != state.labels)
         state.suspicion = (state.suspicion << 1) | suspected
@@ -271,49 +272,3 @@ class Expectation:
             observed = torch.bincount(labels, minlength=c) / len(labels)
             predicted = self.sums.class_sum / len(labels)
             state.align = (observed / predicted.clamp_min(MIN_CLASS_MASS)).float()
-
-
-class Anchors:
-    """P(observed j | true y) from the teacher's word on the observed labels, in two looks at all samples.
-
-    Half of it are anchors: what the network expects to be observed where it is surest of class y, on average over the
-    surest tenth of a class's fair share of the samples (Patrini et al. 2017, "Making Deep Neural Networks Robust to
-    Label Noise: a Loss Correction Approach", equation 13). The other half is the confident joint of Northcutt et al.
-    2021, "Confident Learning: Estimating Uncertainty in Dataset Labels", equation 1. The first takes samples for too
-    easy, the second the network's mistakes for wrong labels: their errors point opposite ways.
-    """
-
-    def __init__(self, labels: Tensor, num_classes: int):
-        self.c = num_classes
-        self.of_label = torch.bincount(labels, minlength=num_classes)  # [C]
-        self.count = max(len(labels) // (10 * num_classes), 1)
-        zeros = torch.zeros(num_classes, dtype=torch.float64, device=labels.device)
-        self.surest = torch.zeros(num_classes, 0, device=labels.device)  # [C, count]
-        self.confidence, self.rows = zeros, zeros.new_zeros(num_classes, num_classes)  # sums
-        self.joint = torch.zeros_like(self.rows)
-
-    def look(self, labels: Tensor, logits: Tensor) -> None:
-        """First: how sure the network is of each class, and of the labels [B], with logits [B, C]."""
-        f = logits.float().softmax(dim=1)
-        found = torch.cat([self.surest, f.t()], dim=1)  # [C, count + B]
-        self.surest = found.topk(min(self.count, found.shape[1]), dim=1).values
-        own = f.gather(1, labels[:, None])[:, 0].double()
-        self.confidence = self.confidence.index_add(0, labels, own)
-
-    def add(self, labels: Tensor, logits: Tensor) -> None:
-        """Second, with the same."""
-        f = logits.float().softmax(dim=1)
-        anchors = (f >= self.surest[:, -1]).double()  # [B, C]
-        self.rows += anchors.t() @ f.double()
-        confident = f >= (self.confidence / self.of_label.clamp_min(1)).float()  # [B, C]
-        best = torch.where(confident, f, -1).argmax(dim=1)
-        counted = confident.any(dim=1)
-        pairs = torch.bincount((best * self.c + labels)[counted], minlength=self.c * self.c)
-        self.joint += pairs.view(self.c, self.c)
-
-    def transition(self) -> Tensor:
-        """P(observed j | true y) [C, C] float64."""
-        joint = (
-            self.joint / self.joint.sum(dim=0).clamp_min(1) * self.of_label + 0.5 / self.c
-        )  # of all samples, not the counted
-        return (self.rows / self.rows.sum(dim=1, keepdim=True) + joint / joint.sum(dim=1, keepdim=True)) / 2

@@ -6,7 +6,7 @@ import torch
 import toy
 
 from flywheel_fast import ops, reference
-from flywheel_fast.em import Anchors, EMState, Expectation
+from flywheel_fast.em import EMState, Expectation
 from flywheel_fast.losses import ntxent
 
 NOISES = [("symmetric", 0.5), ("symmetric", 0.8), ("pair", 0.4), ("instance", 0.4), ("asym", 0.4)]
@@ -140,23 +140,25 @@ def noisy_posteriors(n=20_000, c=4, seed=0):
     )
 
 
-@pytest.mark.parametrize("pieces", [1, 9])
-def test_anchors_recover_class_dependent_noise(pieces):
+@pytest.mark.parametrize("piece", [1 << 16, 777])
+def test_the_surest_samples_tell_class_dependent_noise(piece, monkeypatch):
+    monkeypatch.setattr("flywheel_fast.em.PIECE", piece)
     transition, labels, logits = noisy_posteriors()
-    anchors = Anchors(labels, 4)
-    for look in (anchors.look, anchors.add):
-        for index in torch.arange(len(labels)).chunk(pieces):
-            look(labels[index], logits[index])
-    found = anchors.transition()
+    state, index = EMState.start(labels, 4, 0.5), torch.arange(len(labels))
+    state.teach(index, logits, logits, both=True)
+    found = state.transition()
     assert torch.allclose(found.sum(1), torch.ones(4, dtype=torch.float64))
-    assert (found - transition).abs().sum(1).max() < 0.15
+    assert (found - transition).abs().sum(1).max() < 0.1
+    reviewed = torch.full_like(labels, -1)
+    reviewed[logits.max(dim=1).values < -0.5] = 0  # decided: only the surest are left
+    state.review(labels, reviewed)
+    assert (state.transition() - transition).abs().sum(1).max() < 0.1
 
 
 def test_noise_that_is_set_gives_each_class_its_own_prior():
     """w by Bayes' rule with gamma_y, as the definition has it; then the noise moves half the way to the posterior's."""
     transition, labels, logits = noisy_posteriors(200)
     state, index = EMState.start(labels, 4, 0.5), torch.arange(200)
-    state.prior = transition
     state.set_noise(transition)
     expectation = Expectation(state, "joint")
     expectation.add(index, logits.flip(1), logits)
@@ -168,24 +170,27 @@ def test_noise_that_is_set_gives_each_class_its_own_prior():
         corrupted = sum(f[i, y] * transition[y, j] for y in range(4) if y != j)
         clean = transition[j, j] * g[i, j]
         assert abs(state.clean_prob[i] - clean / (clean + corrupted)) < 1e-3
-    q = ops.posterior(logits, labels, state.clean_prob, state.corruption, "joint").double()
-    counts = transition + torch.stack([q[labels == j].sum(dim=0) for j in range(4)], dim=1)
+    state.teach(index, logits, logits, both=True)
     expectation.finish(aligned=False, smoothing=None)
-    wanted = (transition + counts / counts.sum(dim=1, keepdim=True)) / 2
-    assert torch.allclose(state.clean_rate, wanted.diagonal(), atol=1e-6)
+    assert torch.equal(state.clean_rate, state.transition().diagonal())
     assert abs(state.gamma - state.clean_prob.double().mean()) < 1e-12
 
 
-@pytest.mark.parametrize("by_heart", [False, True])
-def test_labels_learned_by_heart_are_noticed_and_change_the_target(by_heart):
-    transition, labels, logits = noisy_posteriors(4000)
-    state, index = EMState.start(labels, 4, 0.5), torch.arange(4000)
-    known = torch.nn.functional.one_hot(labels, 4).float() if by_heart else 0
-    state.teach(index, logits, logits + 8 * known, both=True)
-    state.find_noise("joint")
-    assert state.memorised == by_heart
-    found = [state.loss(index, logits, target, "joint") for target in ("auto", "argmax_f", "soft_q")]
-    assert found[0] == found[1 if by_heart else 2] and found[1] != found[2]
+def test_targets_of_the_main_network():
+    _, labels, logits = noisy_posteriors(50)
+    state, index = EMState.start(labels, 4, 0.5), torch.arange(50)
+    state.align, state.resampled_label = torch.tensor([1.0, 2.0, 0.5, 1.0]), labels.flip(0)
+    state.teach(index, logits, logits, both=True)
+    sharp = (logits.double().softmax(1) * state.align) ** 2
+    wanted = {
+        "argmax_f": torch.nn.functional.one_hot(labels.flip(0), 4).double(),
+        "sharp_f": sharp / sharp.sum(1, keepdim=True),
+        "soft_q": reference.posterior(logits.double(), labels, state.clean_prob, state.corruption, "mixture"),
+    }
+    student = logits.flip(0)
+    for target, q in wanted.items():
+        loss = state.loss(index, student, target, "mixture")
+        assert loss.item() == pytest.approx(-(q * student.double().log_softmax(1)).sum(1).mean().item(), rel=1e-5)
 
 
 def test_the_cycle_with_anchors_recovers_gamma_on_the_toy():
