@@ -29,9 +29,9 @@ class CycleConfig:
     """Epochs in which both networks learn the observed labels, before the first cycle."""
     posterior: Literal["mixture", "joint"] = "mixture"
     """Target of the auxiliary network: w onehot + (1-w) r, or f times (w onehot + (1-w) T_c), normalised."""
-    target: Literal["argmax_f", "sharp_f", "soft_q"] = "sharp_f"
-    """Target of the main network: the teacher's class (the paper's), its squared probabilities, both blind to the
-    observed label, or the soft posterior."""
+    target: Literal["argmax_f", "soft_q"] = "argmax_f"
+    """Target of the main network: the teacher's class (the paper's), which is blind to the observed label, where
+    networks can memorise the training set; the soft posterior where they cannot."""
     teacher: Literal["both", "aux"] = "both"
     """Whose word the posterior follows: the auxiliary network's (the paper's), or the mean of both networks'."""
     noise_model: Literal["em", "anchors"] = "anchors"

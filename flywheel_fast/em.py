@@ -10,7 +10,6 @@ from torch import Tensor
 from flywheel_fast import ops
 
 SUREST = 0.3  # of a class's samples, that its noise is read from
-SHARPENED = 2  # power of the teacher's probabilities as a target
 RATES = (1e-3, 1 - 1e-6)  # a gamma beyond them would never come back
 PIECE = 1 << 16  # samples at a time, where all are at hand
 MIN_CLASS_MASS = 1e-6  # of the mean prediction; keeps the alignment weight of a dying class finite
@@ -152,16 +151,12 @@ class EMState:
     def loss(
         self, index: Tensor, logits: Tensor, target: str, kind: str, confidence: float = 0.0, delta: float = 1e-4
     ) -> Tensor:
-        """Loss [] of logits [V * B, C], V views of the samples `index` [B], against one of the targets of CycleConfig;
-        soft ones follow from the teacher's logits and are never stored."""
+        """Loss [] of logits [V * B, C], V views of the samples `index` [B], against step 2's posterior (target soft_q),
+        which follows from the teacher's logits and is never stored, or against the resampled label (argmax_f)."""
         if target == "argmax_f":
             return ops.posterior_loss(logits, None, self.resampled_label[index], None, None, kind, confidence, delta)
         teacher, labels, clean_prob = self.teacher[index], self.labels[index], self.clean_prob[index]
-        corruption = self.corruption
-        if target == "sharp_f":  # a posterior to which every observed label is as likely as any other
-            teacher = (SHARPENED * (teacher.float() + self.align.log())).to(teacher.dtype)
-            clean_prob, corruption, kind = torch.zeros_like(clean_prob), torch.ones_like(corruption), "joint"
-        return ops.posterior_loss(logits, teacher, labels, clean_prob, corruption, kind, confidence, delta)
+        return ops.posterior_loss(logits, teacher, labels, clean_prob, self.corruption, kind, confidence, delta)
 
     def entropy(self, kind: str) -> Tensor:
         """Of each posterior [N], as a share of log C."""
