@@ -152,7 +152,7 @@ def test_the_surest_samples_tell_class_dependent_noise(piece, monkeypatch):
     reviewed = torch.full_like(labels, -1)
     reviewed[torch.rand(len(labels), generator=torch.Generator().manual_seed(0)) < 0.5] = 0  # decided, if wrongly
     state.review(labels, reviewed)
-    assert (state.transition() - transition).abs().sum(1).max() < 0.1
+    assert (state.transition() - transition).abs().sum(1).max() < 0.15
 
 
 def test_noise_that_is_set_gives_each_class_its_own_prior():
