@@ -100,7 +100,17 @@ def measure(noise: str, seed: int, words: list[str], shares: tuple[float, ...], 
 
 def table(rows: list[dict]) -> str:
     """Means over seeds, ± the standard deviation."""
-    head = ("noise", "reviewed", "order", "accuracy", "AUROC", "of the rest", "labels right", "wrong ones found")
+    head = (
+        "noise",
+        "reviewed",
+        "order",
+        "accuracy",
+        "AUROC",
+        "of the rest",
+        "labels right",
+        "wrong of the reviewed",
+        "seeds",
+    )
     lines = [head, ("---",) * len(head)]
     columns = ("test_acc_aux", "selection_auroc", "auroc_of_the_rest", "posterior_acc")
     cells = dict.fromkeys((row["noise"], float(row["share"]), row["order"]) for row in rows)
@@ -110,7 +120,8 @@ def table(rows: list[dict]) -> str:
         same = [row for row in rows if (row["noise"], float(row["share"]), row["order"]) == (noise, share, name)]
         means = [_mean([float(row[column]) for row in same]) for column in columns]
         found = sum(int(row["wrong_found"]) for row in same) / max(sum(int(row["reviewed"]) for row in same), 1)
-        lines.append((noise, f"{share:.0%}", name if share else "–", *means, f"{found:.0%}" if share else "–"))
+        hits = f"{found:.0%}" if share else "–"
+        lines.append((noise, f"{share:.0%}", name if share else "–", *means, hits, f"{len(same)}"))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
