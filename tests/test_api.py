@@ -84,11 +84,11 @@ def loaded(words):
 
 def test_what_arrays_and_data_sets_become(tmp_path):
     images, labels = drawn(12)
-    train, test, _ = loaded(api._data(images, labels, None, None, None))
+    train, test, *_ = loaded(api._data(images, labels, None, None, None))
     assert train.classes == ("0", "1", "2") and len(train) + len(test) == 12 and train.true_labels is None
     pairs = [(Image.fromarray(image), int(label)) for image, label in zip(images, labels, strict=True)]
     words = api._data(pairs, None, None, None, pairs[:6])
-    train, test, _ = loaded(words)
+    train, test, *_ = loaded(words)
     assert train.labels.tolist() == labels.tolist() and test.labels.tolist() == labels[:6].tolist()
     assert words == api._data(pairs, None, None, None, pairs[:6])  # made once
 
@@ -100,7 +100,7 @@ def test_what_arrays_and_data_sets_become(tmp_path):
     words = ["data.source=folder", f"data.root={folders}"]
     assert api._data(data_set, None, None, None, None) == api._data(folders, None, None, None, None) == words
     fake = torchvision.datasets.FakeData(12, (3, 16, 16), num_classes=2)
-    train, test, _ = loaded(api._data(fake, None, None, None, fake))
+    train, test, *_ = loaded(api._data(fake, None, None, None, fake))
     assert len(train) == len(test) == 12 and set(train.classes) <= {"0", "1"}
 
 

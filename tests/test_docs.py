@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks import accuracy, label_errors
 from docs import pictures, tables
 from flywheel_fast import audit, cli, config, run_folder
-from flywheel_fast.data import fixtures
+from flywheel_fast.data import fixtures, reviews
 from flywheel_fast.trainer import Config
 
 ROOT = Path(__file__).parent.parent
@@ -103,6 +103,8 @@ def test_every_command_is_run(page, place, miniatures, monkeypatch):
         elif only_parsed or words[1] in SERVES:
             parsed += only_parsed
             args = cli._parser().parse_args(words[1:])
+            if words[1] == "review":  # nobody decides anything
+                Path(words[2], "reviews.csv").write_text(",".join(reviews.COLUMNS) + "\n")
             if words[1] in ("train", "data"):
                 config.load(Config, *cli._config_and_changes(args.words))
         else:
