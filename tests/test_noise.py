@@ -78,3 +78,10 @@ def test_the_map_of_cifar_10_is_built_in_and_others_are_asked_for(miniatures, fo
     assert np.mean(noisy != labels) == pytest.approx(0.2) and set(noisy[labels == 9]) == {9, 1}
     with pytest.raises(BadInput, match="needs data.noise.mapping"):
         load(DataConfig("folder", str(folder), noise=NoiseConfig("asymmetric", 0.4)))
+
+
+@pytest.mark.parametrize("kind", ["pair", "symmetric", "asymmetric"])
+def test_a_subset_of_equal_seed_is_as_noisy_as_the_whole(kind):
+    mapping = {str(digit): str((digit + 1) % 10) for digit in range(10)}
+    train = load(DataConfig(train_size=600, noise=NoiseConfig(kind, 0.25, mapping=mapping))).train
+    assert abs(np.mean(train.labels != train.true_labels) - 0.25) < 0.06

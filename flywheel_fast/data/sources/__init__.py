@@ -167,8 +167,13 @@ def _kept(path: str, skipped: set[str], manifest: Manifest) -> np.ndarray:  # [k
     return kept
 
 
+def _rng(seed: int, use: str) -> np.random.Generator:
+    """A stream for each use: with one for all, and for the noise, a subset of equal seed would be of the mislabelled."""
+    return np.random.default_rng((seed, *use.encode()))
+
+
 def _set_aside(manifest: Manifest, config: DataConfig) -> np.ndarray:  # [N] bool
-    rng = np.random.default_rng(config.seed)
+    rng = _rng(config.seed, "aside")
     test = np.zeros(len(manifest), dtype=bool)
     for label, name in enumerate(manifest.classes):
         members = rng.permutation(np.flatnonzero(manifest.labels == label))
@@ -185,7 +190,7 @@ def _balanced(labels: np.ndarray, classes: tuple[str, ...], size: int, seed: int
         raise BadInput(
             f"{key}={size} leaves classes without an image; give at least {len(classes)}, one for each class"
         )
-    rng = np.random.default_rng(seed)
+    rng = _rng(seed, "subset")
     chosen = []
     for label, name in enumerate(classes):
         wanted = size // len(classes) + (label < size % len(classes))
@@ -199,7 +204,7 @@ def _balanced(labels: np.ndarray, classes: tuple[str, ...], size: int, seed: int
 
 
 def _long_tailed(labels: np.ndarray, num_classes: int, imbalance: float, seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
+    rng = _rng(seed, "tail")
     first = np.count_nonzero(labels == 0)
     chosen = []
     for label in range(num_classes):
