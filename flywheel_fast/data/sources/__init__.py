@@ -168,7 +168,7 @@ def _kept(path: str, skipped: set[str], manifest: Manifest) -> np.ndarray:  # [k
 
 
 def _rng(seed: int, use: str) -> np.random.Generator:
-    """A stream for each use: with one for all, and for the noise, a subset of equal seed would be of the mislabelled."""
+    """A stream for each use: with one for all and the noise, a subset of equal seed would be of the mislabelled."""
     return np.random.default_rng((seed, *use.encode()))
 
 
