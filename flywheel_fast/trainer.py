@@ -39,7 +39,9 @@ MEASURES = (
 COLUMNS = (
     *("cycle", *MEASURES, "loss_main", "loss_aux", "lr"),
     *(f"sec_{phase}" for phase in PHASES),
+    "waiting",
 )
+NOTABLE_WAITING = 0.05  # share of a run's time
 # Between a run and its resumption; moved data are recognised by their files and labels.
 MAY_CHANGE = {"name", "log", "eval_every", "optim.epochs"}
 MAY_CHANGE |= {"data.root", "data.noise.file", "data.reviews", "data.threads", "data.cache_gb"}
@@ -294,6 +296,7 @@ class Trainer:
         start = time.perf_counter()
         row = self.history[-1]
         row |= {f"sec_{phase}": round(self.cycle.clock.seconds[phase], 4) for phase in PHASES[:-1]}
+        row["waiting"] = round(_waiting([row]), 4)
         state = {
             "config": configs.as_dict(self.config),
             "labels": self.train_set.digest,
@@ -406,6 +409,9 @@ class Trainer:
         if self.bad_files:
             count = f"{len(self.bad_files):,} broken files: {self.out / run_folder.BAD_FILES}"
             rows.append(("left out", count))
+        if (waiting := _waiting(self.history)) > NOTABLE_WAITING:
+            cure = "more data.threads, or a larger data.cache_gb, may help"
+            rows.append(("waiting", f"{waiting:.0%} of the time passed waiting for images: {cure}"))
         seconds = sum(_seconds(row) for row in self.history)
         rows.append(("network", f"{self.out / 'weights' / 'model.safetensors'} ({used})"))
         rows.append(("time", f"{seconds:.0f} s for {len(self.history)} epochs of {n:,} images"))
@@ -415,3 +421,8 @@ class Trainer:
 def _seconds(row: dict) -> float:
     """Of all phases of an epoch."""
     return sum(row.get(f"sec_{phase}", 0) for phase in PHASES)
+
+
+def _waiting(rows: list[dict]) -> float:
+    """Share of these epochs' time that passed waiting for images."""
+    return sum(row["sec_data"] for row in rows) / max(sum(_seconds(row) for row in rows), 1e-9)

@@ -1,5 +1,7 @@
 """What DALI hands over: every sample once, the same bytes for the same seed, views that are what they say."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -117,6 +119,13 @@ def test_strong_views_change_colours_and_lose_a_square(tmp_path, kind):
         ratio += (left / (clean[:, 0] * 64 + 127.5).mean((1, 2))).tolist()
     assert 0.1 < np.mean(lost) <= 0.25 and max(lost) <= 0.26  # the square may hang over the edge
     assert np.nanstd(ratio) > 0.1 and 0.3 < np.nanmin(ratio) and np.nanmax(ratio) < 2.3
+
+
+def test_deprecations_inside_dali_stay_there(manifest):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        list(loader(manifest, "randaugment").epoch(0))
+    assert not [str(one.message) for one in said if "dali" in str(one.message).lower()]
 
 
 def test_odd_files_become_three_channels(tmp_path):

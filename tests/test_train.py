@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 import yaml
 
+from flywheel_fast import config, trainer
+from flywheel_fast.data.pipelines import Loader
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SHORT = ["optim.epochs=3", "cycle.warmup=1", "data.train_size=200", "data.test_size=100"]
@@ -82,6 +85,28 @@ def test_digits_are_learnt_and_the_wrong_labels_found(tmp_path):
         assert json.loads(weights.metadata()["flywheel_fast"])["classes"] == list("0123456789")
 
 
+@pytest.mark.parametrize("notable", [0.0, 1.0])
+def test_the_share_of_time_spent_waiting_is_told(tmp_path, monkeypatch, notable):
+    drawn = Loader.epoch
+
+    def epoch(loader, *given):
+        time.sleep(1)  # until the first batch
+        yield from drawn(loader, *given)
+
+    monkeypatch.setattr(Loader, "epoch", epoch)
+    monkeypatch.setattr(trainer, "NOTABLE_WAITING", notable)
+    words = ["cycle.kind=cross_entropy", "optim.epochs=1", *SHORT[1:]]
+    trainer.Trainer(config.load(trainer.Config, "digits", words), tmp_path).run()
+    (row,) = rows(tmp_path)
+    seconds = {key: float(value) for key, value in row.items() if key.startswith("sec_")}
+    share = seconds["sec_data"] / (sum(seconds.values()) - seconds["sec_save"])
+    assert seconds["sec_data"] >= 1 and abs(float(row["waiting"]) - share) < 1e-3
+    told = [line for line in (tmp_path / "train.log").read_text().splitlines() if line.startswith("waiting")]
+    assert len(told) == (notable == 0)
+    in_all = seconds["sec_data"] / sum(seconds.values())
+    assert all(f"{in_all:.0%} of the time passed waiting for images" in line for line in told)
+
+
 def test_cross_entropy_is_worse_and_fills_its_columns_only(tmp_path):
     result = flywheel("train", "cycle.kind=cross_entropy", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -106,7 +131,7 @@ def test_the_literal_cycle_collapses_and_says_so(tmp_path):
 def same_run(one, two):
     assert (one / "weights/model.safetensors").read_bytes() == (two / "weights/model.safetensors").read_bytes()
     without_seconds = [
-        [{key: value for key, value in row.items() if not key.startswith("sec_")} for row in rows(run)]
+        [{key: value for key, value in row.items() if not key.startswith(("sec_", "waiting"))} for row in rows(run)]
         for run in (one, two)
     ]
     assert without_seconds[0] == without_seconds[1]

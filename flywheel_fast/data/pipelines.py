@@ -6,6 +6,7 @@ whatever was drawn before.
 """
 
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +21,7 @@ from flywheel_fast.data.order import balanced_order, epoch_order
 from flywheel_fast.errors import BadInput
 
 WHOLE_CROP = 0.875  # with random resized crops, the clean view is this share of the shorter side, as is usual
+TRANSLATION = 150 / 331  # RandAugment's greatest shift, a share of the image's side (Cubuk et al. 2020)
 SWEEP_BATCH = 500
 SCAN_BATCH = 16  # DALI 2.x dies of a segmentation fault where many of a larger batch are broken: of 32, eight suffice
 AHEAD = 2  # batches under way in DALI
@@ -325,7 +327,8 @@ def _graph(loader: Loader, views: tuple[str, ...]) -> bytes:
         if config.strong == "randaugment":
             from nvidia.dali.auto_aug import rand_augment
 
-            images = rand_augment.rand_augment(images, n=2, m=9, fill_value=0)
+            furthest = round(TRANSLATION * size)  # else 100 pixels, which are meant for 224
+            images = rand_augment.rand_augment(images, n=2, m=9, fill_value=0, max_translate_abs=furthest)
         elif config.jitter:
             low, high = 1 - config.jitter, 1 + config.jitter
             change = {name: fn.random.uniform(range=[low, high]) for name in ("brightness", "contrast", "saturation")}
@@ -358,4 +361,9 @@ def _graph(loader: Loader, views: tuple[str, ...]) -> bytes:
             images = _padded(images, config) if config.crop == "pad" or not views else images
         return tuple(cut[view](images) for view in views) or images
 
-    return pipeline().serialize()
+    with warnings.catch_warnings(record=True) as said:  # RandAugment calls operators by names that DALI deprecates
+        graph = pipeline().serialize()
+    for warning in said:
+        if not issubclass(warning.category, DeprecationWarning):
+            warnings.warn(warning.message, stacklevel=2)
+    return graph
