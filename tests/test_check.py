@@ -161,6 +161,7 @@ def test_check_finds_what_is_broken_and_a_training_goes_without(miniature, tmp_p
         assert sheet.width == 8 * check.TILE and sheet.height == 8 * (check.TILE + check.CAPTION)
 
     small = ["model.main.name=small_cnn", "model.main.weights=null", "views.image_size=32", "optim.epochs=2"]
+    small += ["optim.balanced_batches=2"]
     assert cli.main(["train", *words, f"data.skip={out / 'bad_files.csv'}", *small, "--out", "run"]) == 0
     with open(tmp_path / "run" / "labels" / "issues.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 112 - 4
