@@ -201,6 +201,8 @@ class Trainer:
         self.screen.say(
             f"{len(train_set.labels):,} images of {len(train_set.classes)} classes to train on, {test}; {where}"
         )
+        if self.loader.reader == "torchvision":
+            self.screen.say("nvidia-dali is not installed: Pillow and torchvision read the images, more slowly")
         if self.bad_files:
             scan.write(self.out / run_folder.BAD_FILES, self.bad_files)
             first = self.bad_files[0]
