@@ -27,7 +27,8 @@ from torchvision.transforms import v2
 
 from flywheel_fast import env
 from flywheel_fast.data.manifest import Manifest
-from flywheel_fast.data.pipelines import Loader, ViewsConfig
+from flywheel_fast.data.pipelines import Loader
+from flywheel_fast.data.views import ViewsConfig
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 BATCH = 64

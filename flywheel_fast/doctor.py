@@ -32,7 +32,8 @@ def _images() -> tuple[bool, str]:
     from PIL import Image
 
     from flywheel_fast.data.manifest import Manifest
-    from flywheel_fast.data.pipelines import Loader, ViewsConfig
+    from flywheel_fast.data.pipelines import Loader
+    from flywheel_fast.data.views import ViewsConfig
 
     try:
         with tempfile.TemporaryDirectory() as folder:

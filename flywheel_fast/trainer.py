@@ -17,7 +17,8 @@ from flywheel_fast import config as configs
 from flywheel_fast.cycle import Cycle, CycleConfig
 from flywheel_fast.data import noise, reviews, scan, sources
 from flywheel_fast.data.manifest import DROPPED, Manifest
-from flywheel_fast.data.pipelines import Loader, ViewsConfig
+from flywheel_fast.data.pipelines import Loader
+from flywheel_fast.data.views import ViewsConfig
 from flywheel_fast.em import EMState
 from flywheel_fast.errors import BadInput, Failure
 from flywheel_fast.learner import Learner, OptimConfig

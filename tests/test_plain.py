@@ -15,8 +15,9 @@ from PIL import Image, ImageOps
 
 from flywheel_fast.data import pipelines
 from flywheel_fast.data.manifest import Manifest
-from flywheel_fast.data.pipelines import Loader, ViewsConfig
+from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.data.sources import DataConfig, load
+from flywheel_fast.data.views import ViewsConfig
 from flywheel_fast.errors import BadInput
 
 DALI = pipelines.has_dali()

@@ -17,8 +17,9 @@ from rich.progress import track
 
 from flywheel_fast.checkpoint import write_atomic
 from flywheel_fast.data.manifest import Manifest
-from flywheel_fast.data.pipelines import Loader, ViewsConfig
+from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.data.sources import cache
+from flywheel_fast.data.views import ViewsConfig
 from flywheel_fast.errors import BadInput, Failure
 
 WORTH_A_BAR = 5000  # files
