@@ -27,7 +27,8 @@ from torchvision.transforms import v2
 
 from flywheel_fast import env
 from flywheel_fast.data.manifest import Manifest
-from flywheel_fast.data.pipelines import Loader, ViewsConfig
+from flywheel_fast.data.pipelines import Loader
+from flywheel_fast.data.views import ViewsConfig
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 BATCH = 64
@@ -142,25 +143,67 @@ def our_epochs(table: Manifest, config: ViewsConfig, decoded: bool, views: tuple
     return epoch
 
 
-def decoding(table: Manifest) -> dict[str, Callable[[], None]]:
-    """Both decoders on every core and nothing else, of bytes in memory: the floor of a pass over JPEG files."""
-    loader = Loader(table, PARTS, BATCH, seed=0, threads=CORES, cache_gb=0)
-    contents = loader._encoded(np.arange(len(table)))
-    pieces = np.split(np.arange(len(table)), range(BATCH, len(table), BATCH))
+def steps(table: Manifest) -> dict[str, Callable[[], None]]:
+    """A bare decode loop on every core, the floor of a pass over JPEG files; and DALI's operators, one by one."""
+    from nvidia.dali import fn, pipeline_def, types
 
-    def bare(part: list[np.ndarray]) -> None:
+    files = [np.fromfile(file, np.uint8) for file in table.files]
+    images = [decode_image(torch.from_numpy(file), ImageReadMode.RGB) for file in files]
+    small = [v2.functional.resize(image, [224, 224]).permute(1, 2, 0).numpy().copy() for image in images]
+    images = [image.permute(1, 2, 0).numpy().copy() for image in images]
+
+    def decode(part: list[np.ndarray]) -> None:
         for content in part:
             decode_image(torch.from_numpy(content), ImageReadMode.RGB)
 
-    def libjpeg_turbo() -> None:
+    def bare() -> None:
         with ThreadPoolExecutor(CORES) as pool:
-            list(pool.map(bare, [contents[k::CORES] for k in range(CORES)]))
+            list(pool.map(decode, [files[k::CORES] for k in range(CORES)]))
 
-    def dali() -> None:
-        for _ in loader._outputs(pieces, lambda piece: [contents[i] for i in piece]):
-            pass
+    def alone(given: list[np.ndarray], operator: Callable, layout: str | None = "HWC") -> Callable[[], None]:
+        @pipeline_def(batch_size=BATCH, num_threads=CORES, device_id=None, exec_dynamic=True, prefetch_queue_depth=1)
+        def described():
+            return operator(fn.external_source(name="given", layout=layout))
 
-    return {"libjpeg-turbo, bare": libjpeg_turbo, "DALI, decoding alone": dali}
+        pipeline = described()
+        pipeline.build()
+
+        def run() -> None:
+            for at in range(0, len(given), BATCH):
+                pipeline.feed_input("given", given[at : at + BATCH])
+                pipeline.run()
+
+        return run
+
+    size, levels = [224, 224], {"mean": list(PARTS.mean), "std": list(PARTS.std)}
+    uniform = fn.random.uniform
+
+    def erase(x):
+        anchor = uniform(range=[-PARTS.cutout / 2, 1 - PARTS.cutout / 2], shape=[2])
+        shape = [PARTS.cutout] * 2
+        return fn.erase(x, anchor=anchor, shape=shape, normalized=True, axis_names="HW", fill_value=127.5)
+
+    def color_twist(x):
+        names = ("brightness", "contrast", "saturation")
+        return fn.color_twist(x, **{name: uniform(range=[1 - PARTS.jitter, 1 + PARTS.jitter]) for name in names})
+
+    return {
+        "libjpeg-turbo, bare": bare,
+        "decoders.image": alone(files, fn.decoders.image, None),
+        "random_resized_crop, 400 px to 224": alone(
+            images, lambda x: fn.random_resized_crop(x, size=size, random_area=[PARTS.area, 1.0])
+        ),
+        "copy, 400 px: in all that take it": alone(images, fn.copy),
+        "color_twist, 224 px": alone(small, color_twist),
+        "erase, 224 px": alone(small, erase),
+        "crop_mirror_normalize, 224 px": alone(
+            small, lambda x: fn.crop_mirror_normalize(x, crop=size, output_layout="HWC", dtype=types.FLOAT, **levels)
+        ),
+        "copy, 224 px: in all that take it": alone(small, fn.copy),
+        "pass, weak view": our_epochs(table, PARTS, False, ("weak",)),
+        "pass, strong view": our_epochs(table, PARTS, False, ("strong",)),
+        "pass, strong view by RandAugment": our_epochs(table, AUGMENTED, False, ("strong",)),
+    }
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -233,16 +276,10 @@ def measure(source: Path, room: Path, repeats: int, quick: bool) -> tuple[list[l
         say(f"| {' | '.join(map(str, cells))} | {ours.cpu_ms:.3f} | {theirs.cpu_ms:.3f} | {of_cpu:.2f} |")
 
     table = next(table for (side, _), table in tables.items() if side is None)
-    steps = decoding(table) | {
-        "decoded, clean view": our_epochs(table, PARTS, False, ("clean",)),
-        "decoded, weak view": our_epochs(table, PARTS, False, ("weak",)),
-        "decoded, strong view": our_epochs(table, PARTS, False, ("strong",)),
-        "decoded, RandAugment": our_epochs(table, AUGMENTED, False, ("strong",)),
-    }
-    found = rates(steps, len(table), repeats)
+    found = rates(steps(table), len(table), repeats)
     bare = found["libjpeg-turbo, bare"]
-    say("\nWhat limits: 400 px JPEG to 224, each line a pass that does just this.\n")
-    say("| pass | images/s | of the bare decoder | CPU | of the bare decoder's |")
+    say("\nWhat limits: 400 px JPEG to 224, DALI's operators alone, and whole passes.\n")
+    say("| what | images/s | of the bare decoder | CPU | of the bare decoder's |")
     say("|---|---|---|---|---|")
     for name, rate in found.items():
         share = f"{rate.median / bare.median:.0%} | {rate.cpu_ms:.3f} | {rate.cpu_ms / bare.cpu_ms:.2f}"

@@ -17,13 +17,13 @@ def report() -> bool:
         found.add_row(name, str(value))
     console.print(found)
     sound = True
-    for name, (passed, detail) in {**env.self_test(), "DALI": _dali(), "disk": _disk()}.items():
+    for name, (passed, detail) in {**env.self_test(), "images": _images(), "disk": _disk()}.items():
         sound &= passed
         console.print(f"{'ok' if passed else 'BROKEN':<8}{name:<20}{detail}", style="" if passed else "bold red")
     return sound
 
 
-def _dali() -> tuple[bool, str]:
+def _images() -> tuple[bool, str]:
     """Decodes one picture and cuts its views."""
     import io
     import tempfile
@@ -32,7 +32,8 @@ def _dali() -> tuple[bool, str]:
     from PIL import Image
 
     from flywheel_fast.data.manifest import Manifest
-    from flywheel_fast.data.pipelines import Loader, ViewsConfig
+    from flywheel_fast.data.pipelines import Loader
+    from flywheel_fast.data.views import ViewsConfig
 
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -40,10 +41,11 @@ def _dali() -> tuple[bool, str]:
             Image.fromarray(np.full((24, 24, 3), 128, np.uint8)).save(buffer, "PNG")
             Path(folder, "grey.png").write_bytes(buffer.getvalue())
             manifest = Manifest(Path(folder), np.array(["grey.png"]), np.zeros(1, np.int64), ("grey",), None)
-            ((_, views),) = Loader(manifest, ViewsConfig(image_size=16), 1, 0).epoch(0, ("clean", "weak", "strong"))
+            loader = Loader(manifest, ViewsConfig(image_size=16), 1, 0)
+            ((_, views),) = loader.epoch(0, ("clean", "weak", "strong"))
         shapes = {tuple(view.shape) for view in views}
-        return shapes == {(1, 3, 16, 16)}, "one picture decoded, three views cut"
-    except Exception as error:  # whatever is wrong with DALI, the user wants to read it here
+        return shapes == {(1, 3, 16, 16)}, f"one picture decoded, three views cut by {loader.reader}"
+    except Exception as error:  # whatever is wrong with the reader, the user wants to read it here
         return False, f"{type(error).__name__}: {error}"
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flywheel_fast.checkpoint import write_atomic
-from flywheel_fast.data.pipelines import WHOLE_CROP, ViewsConfig
+from flywheel_fast.data.views import WHOLE_CROP, ViewsConfig
 from flywheel_fast.errors import BadInput, Failure
 from flywheel_fast.predict import Predictor
 

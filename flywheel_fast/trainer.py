@@ -17,7 +17,8 @@ from flywheel_fast import config as configs
 from flywheel_fast.cycle import Cycle, CycleConfig
 from flywheel_fast.data import noise, reviews, scan, sources
 from flywheel_fast.data.manifest import DROPPED, Manifest
-from flywheel_fast.data.pipelines import Loader, ViewsConfig
+from flywheel_fast.data.pipelines import Loader
+from flywheel_fast.data.views import ViewsConfig
 from flywheel_fast.em import EMState
 from flywheel_fast.errors import BadInput, Failure
 from flywheel_fast.learner import Learner, OptimConfig
@@ -201,6 +202,8 @@ class Trainer:
         self.screen.say(
             f"{len(train_set.labels):,} images of {len(train_set.classes)} classes to train on, {test}; {where}"
         )
+        if self.loader.reader == "torchvision":
+            self.screen.say("nvidia-dali is not installed: Pillow and torchvision read the images, more slowly")
         if self.bad_files:
             scan.write(self.out / run_folder.BAD_FILES, self.bad_files)
             first = self.bad_files[0]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from flywheel_fast import cli, export
-from flywheel_fast.data.pipelines import ViewsConfig
+from flywheel_fast.data.views import ViewsConfig
 from flywheel_fast.errors import BadInput, Failure
 from flywheel_fast.predict import Predictor
 

@@ -21,4 +21,4 @@ def test_the_table_of_a_few_drawn_pictures(tmp_path, monkeypatch, capsys):
         assert abs(float(row["ratio"]) / ratio - 1) < 1e-2 and float(row["torchvision_cpu_ms"]) > 0
     text = (tmp_path / "loader.md").read_text()
     assert text == capsys.readouterr().out
-    assert "| libjpeg-turbo, bare | " in text and "| 100% | " in text and "| decoded, RandAugment | " in text
+    assert "| libjpeg-turbo, bare | " in text and "| 100% | " in text and "| color_twist, 224 px | " in text

@@ -9,8 +9,9 @@ from conftest import write_image
 from PIL import Image
 
 from flywheel_fast.data.manifest import Manifest
-from flywheel_fast.data.pipelines import Loader, ViewsConfig
+from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.data.sources import DataConfig, load
+from flywheel_fast.data.views import ViewsConfig
 from flywheel_fast.errors import BadInput
 
 CONFIGS = {

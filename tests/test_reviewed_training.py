@@ -16,8 +16,9 @@ from benchmarks import review as bench
 from flywheel_fast import audit
 from flywheel_fast.data import reviews, sources
 from flywheel_fast.data.manifest import DROPPED, NOT_REVIEWED
-from flywheel_fast.data.pipelines import Loader, ViewsConfig
+from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.data.reviews import Review
+from flywheel_fast.data.views import ViewsConfig
 from flywheel_fast.em import EMState, Expectation
 
 HEADER = ",".join(reviews.COLUMNS) + "\n"

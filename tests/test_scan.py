@@ -13,8 +13,9 @@ from PIL import Image
 
 from flywheel_fast import cli
 from flywheel_fast.data import scan
-from flywheel_fast.data.pipelines import Loader, ViewsConfig
+from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.data.sources import DataConfig, load
+from flywheel_fast.data.views import ViewsConfig
 from flywheel_fast.errors import BadInput
 
 SMALL = ["model.main.width=8", "views.image_size=16", "optim.epochs=2", "cycle.warmup=1", "optim.batch_size=8"]

@@ -11,10 +11,10 @@ FLOORS = [  # a module may import from floors below its own, and from the rooms 
     {"reference", "_C"},
     {"ops"},
     {"em", "losses", "models", "learner", "env"}
-    | {"data.manifest", "data.order", "data.pickles"}
+    | {"data.manifest", "data.order", "data.pickles", "data.views"}
     | {"data.noise", "data.noise_files", "data.reviews"},
     {"data.sources.folders", "data.sources.tables", "data.sources.lists", "data.sources.arrays"}
-    | {"data.sources.shards", "data.sources.cache"},
+    | {"data.sources.shards", "data.sources.cache", "data.plain"},
     {"data.sources.__init__", "data.fixtures"},
     {"cycle", "data.pipelines", "checkpoint", "run_folder", "screen", "sinks"},
     {"data.scan"},

@@ -1,26 +1,27 @@
 """NVIDIA DALI decodes each image once and cuts its views; index and views come out, never targets.
 
-The only importer of nvidia.dali. A graph is described once; the pipeline made of it lives for one epoch: its seed is
-a function of (seed, epoch, rank), its order comes from `order.epoch_order`, so the same epoch gives the same bytes
-whatever was drawn before.
+The only importer of nvidia.dali; where that is not installed, `plain` does its work. A graph is described once; the
+pipeline made of it lives for one epoch: its seed is a function of (seed, epoch, rank), its order comes from
+`order.epoch_order`, so the same epoch gives the same bytes whatever was drawn before.
 """
 
 import io
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flywheel_fast.data import plain
 from flywheel_fast.data.manifest import DROPPED, Manifest
 from flywheel_fast.data.order import balanced_order, epoch_order
+from flywheel_fast.data.views import WHOLE_CROP, ViewsConfig
 from flywheel_fast.errors import BadInput
 
-WHOLE_CROP = 0.875  # with random resized crops, the clean view is this share of the shorter side, as is usual
 TRANSLATION = 150 / 331  # RandAugment's greatest shift, a share of the image's side (Cubuk et al. 2020)
 SWEEP_BATCH = 500
 SCAN_BATCH = 16  # DALI 2.x dies of a segmentation fault where many of a larger batch are broken: of 32, eight suffice
@@ -28,40 +29,8 @@ AHEAD = 2  # batches under way in DALI
 MOST_BROKEN = 100  # files looked for, once one is found
 
 
-@dataclass(frozen=True)
-class ViewsConfig:
-    image_size: int = 32
-    """Height and width that the networks see, pixels."""
-    crop: Literal["pad", "resized"] = "pad"
-    """Random crop of the weak view: a shift of the whole image, mirrored at its borders; or a random part resized."""
-    pad: int = 4
-    """Greatest shift of crop=pad, pixels; 0: none."""
-    area: float = 0.3
-    """Smallest part of crop=resized, a share of the image's area."""
-    flip: bool = True
-    """Mirror half of the images."""
-    strong: Literal["jitter", "randaugment"] = "jitter"
-    """What strong views add to the weak one, before the cut-out: brightness, contrast, saturation; or RandAugment."""
-    jitter: float = 0.4
-    """Greatest relative change of brightness, contrast and saturation."""
-    cutout: float = 0.4
-    """Side of the square that strong views lose, a share of the image's; 0: none."""
-    mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
-    """Subtracted from the channels (0 to 255)."""
-    std: tuple[float, float, float] = (64.0, 64.0, 64.0)
-    """The channels are divided by this."""
-
-    def __post_init__(self):
-        if self.image_size < 8:
-            raise ValueError(f"views.image_size must be at least 8 pixels, not {self.image_size}")
-        if not 0 <= self.pad < self.image_size or not 0 < self.area <= 1:
-            raise ValueError(
-                f"views.pad must be in [0, image_size) and views.area in (0, 1], not {self.pad}, {self.area}"
-            )
-        if not 0 <= self.cutout <= 1 or not 0 <= self.jitter <= 1:
-            raise ValueError(f"views.cutout and views.jitter must be in [0, 1], not {self.cutout}, {self.jitter}")
-        if min(self.std) <= 0:
-            raise ValueError(f"views.std must be positive, not {list(self.std)}")
+def has_dali() -> bool:
+    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
 
 
 class Batch(NamedTuple):
@@ -87,6 +56,7 @@ class Loader:
         balanced_batches: int | None = None,
     ):
         self.manifest, self.views, self.batch_size, self.seed = manifest, views, batch_size, seed
+        self.reader = "DALI" if has_dali() else "torchvision"
         self.device, self.threads, self.rank, self.world = torch.device(device), threads, rank, world
         everything = np.arange(len(manifest))
         self.used = everything if manifest.reviewed is None else everything[manifest.reviewed != DROPPED]
@@ -154,11 +124,15 @@ class Loader:
     def _outputs(
         self, pieces: list[np.ndarray], read: Callable, views: tuple[str, ...] = (), seed: int = 0
     ) -> Iterator[list[Tensor]]:
-        """What DALI makes of `read(piece)`; without views, the images as the cache holds them, [B, H, W, 3]."""
-        from nvidia.dali import Pipeline
-
+        """What the reader makes of `read(piece)`; without views, the images as the cache holds them, [B, H, W, 3]."""
         if not pieces:
             return
+        if self.reader == "torchvision":
+            for images in plain.outputs(self.views, pieces, read, views, seed, self.cache is None, self.threads):
+                yield [image.to(self.device) for image in images]
+            return
+        from nvidia.dali import Pipeline
+
         if views not in self.graphs:
             self.graphs[views] = _graph(self, views)
         ahead = min(AHEAD, len(pieces))
@@ -252,7 +226,7 @@ def _why_refused(content: bytes) -> str:
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            return f"DALI refuses this {image.format}, save it anew as JPEG or PNG"
+            return f"not taken as {image.format}, save it anew as JPEG or PNG"
     except Exception as error:  # every format has its own
         return str(error).split(" <_io.BytesIO")[0]
 

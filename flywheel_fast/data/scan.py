@@ -17,8 +17,9 @@ from rich.progress import track
 
 from flywheel_fast.checkpoint import write_atomic
 from flywheel_fast.data.manifest import Manifest
-from flywheel_fast.data.pipelines import Loader, ViewsConfig
+from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.data.sources import cache
+from flywheel_fast.data.views import ViewsConfig
 from flywheel_fast.errors import BadInput, Failure
 
 WORTH_A_BAR = 5000  # files
@@ -42,11 +43,11 @@ def broken(
     """The files that DALI refuses on `device`, by row; `present` [n] int64: of these rows only."""
     rows = np.arange(len(manifest)) if present is None else present
     marks = _marks(manifest, rows, threads)
-    path = _remembered_in(manifest.root, torch.device(device).type)
+    loader = Loader(manifest, ViewsConfig(), 1, 0, device, threads, cache_gb=0)
+    path = _remembered_in(manifest.root, loader)
     known = _recall(path)
     new = ~np.isin(marks, known)
     mark_of = dict(zip(rows[new].tolist(), marks[new].tolist(), strict=True))
-    loader = Loader(manifest, ViewsConfig(), 1, 0, device, threads, cache_gb=0)
     found, well = {}, []
     looks = track(
         loader.looked_at(rows[new]),
@@ -118,10 +119,11 @@ def _marks(manifest: Manifest, rows: np.ndarray, threads: int) -> np.ndarray:  #
         return np.array([mark for chunk in chunks for mark in chunk], dtype=np.uint64)
 
 
-def _remembered_in(root: Path, device: str) -> Path:
-    """Another decoder works on a GPU."""
+def _remembered_in(root: Path, loader: Loader) -> Path:
+    """Another decoder works on a GPU, and without DALI."""
+    reader = loader.device.type if loader.reader == "DALI" else loader.reader
     name = hashlib.blake2b(str(root.resolve()).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
-    return cache.home() / "scans" / f"{name}-{device}.npy"
+    return cache.home() / "scans" / f"{name}-{reader}.npy"
 
 
 def _recall(path: Path) -> np.ndarray:  # [files] uint64
