@@ -15,7 +15,7 @@ CE noisy), of means over the seeds that all three have. None is given where the 
 the test set; the best epoch is shown, not used.
 
 {head}
-
+{missing}
 ## Each method
 
 `passes`: forward passes an image over the run, a backward pass counted as two, test images left out. `main`: accuracy
@@ -66,8 +66,11 @@ def _average(rows: list[dict], column, form: str) -> str:
 def table(plan: Path, found: Found) -> str:
     """A row per task and noise, then a row per method; `found` has a key for each that the plan names."""
     others = [method for method in dict.fromkeys(method for _, _, method in found) if method != CE]
-    head = [("task", "network, images", "noise", "CE clean", "CE noisy", *others)]
+    head, missing = [("task", "network, images", "noise", "CE clean", "CE noisy", *others)], []
     for task, noise in dict.fromkeys((task, noise) for task, noise, _ in found):
+        if not any(found.get((task, noise, method)) for method in (CE, *others)):
+            missing.append(f"{task}/{noise}")
+            continue
         noisy, clean = list(found[task, noise, CE].values()), list(found[task, CLEAN, CE].values())
         what = f"{clean[0]['network']}, {int(clean[0]['images']):,}" if clean else "–"
         cells = [_spread(list(found.get((task, noise, method), {}).values()), accuracy) for method in others]
@@ -79,7 +82,9 @@ def table(plan: Path, found: Found) -> str:
         if rows := list(of_seed.values()):
             share = _share(found, task, noise, method)
             body.append((task, noise, method, share, *(column(rows) for column in COLUMNS.values())))
-    return TEXT.format(plan=plan, name=plan.name, gap=SMALL_GAP, head=markdown(head), body=markdown(body))
+    text = f"\nNot measured yet: {', '.join(missing)}.\n" if missing else ""
+    head, body = markdown(head), markdown(body)
+    return TEXT.format(plan=plan, name=plan.name, gap=SMALL_GAP, head=head, missing=text, body=body)
 
 
 def _share(found: Found, task: str, noise: str, method: str) -> str:
