@@ -117,7 +117,7 @@ def test_cross_entropy_is_worse_and_fills_its_columns_only(tmp_path):
 
 
 def test_the_literal_cycle_collapses_and_says_so(tmp_path):
-    result = flywheel("train", "digits_literal", cwd=tmp_path)
+    result = flywheel("train", "digits_literal", "optim.epochs=16", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     last = rows(tmp_path / "runs/digits_literal")[-1]
     assert float(last["test_acc_aux"]) < 0.9 and int(last["classes_alive"]) < 10
