@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -260,14 +261,19 @@ def main(words: list[str] | None = None) -> int:
     args = parser.parse_args(words)
     if args.jobs < 0:
         parser.error("--jobs must not be negative")
+    return exit_status("accuracy", lambda: run_plan(args), "the same command goes on")
+
+
+def exit_status(module: str, run: Callable[[], None], interrupted: str) -> int:
+    """Of a benchmark's command: bad input, failures and interruptions end it with a sentence."""
     try:
-        run_plan(args)
+        run()
         return 0
     except (BadInput, Failure) as error:
-        print(f"benchmarks.accuracy: {error}", file=sys.stderr)
+        print(f"benchmarks.{module}: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        print(f"\ninterrupted; {interrupted}", file=sys.stderr)
         return 130
 
 

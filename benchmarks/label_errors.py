@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import yaml
 
-from benchmarks.accuracy import append, passes
+from benchmarks.accuracy import append, exit_status, passes
 from benchmarks.accuracy_table import markdown
 from flywheel_fast import audit, env, models, run_folder
 from flywheel_fast import config as configs
@@ -33,7 +33,7 @@ from flywheel_fast.data import noise, sources
 from flywheel_fast.data.manifest import Manifest
 from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.em import EMState
-from flywheel_fast.errors import BadInput, Failure
+from flywheel_fast.errors import BadInput
 from flywheel_fast.learner import Learner
 from flywheel_fast.trainer import Config, Trainer
 
@@ -270,15 +270,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/label_errors"), help="the runs (default: %(default)s)")
     parser.add_argument("--csv", type=Path, default=RESULTS, help="rows (default: %(default)s); the table is beside it")
     args = parser.parse_intermixed_args(words)
-    try:
-        _run(args)
-        return 0
-    except (BadInput, Failure) as error:
-        print(f"benchmarks.label_errors: {error}", file=sys.stderr)
-        return 2 if isinstance(error, BadInput) else 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on with the run that it was at", file=sys.stderr)
-        return 130
+    return exit_status("label_errors", lambda: _run(args), "the same command goes on with the run that it was at")
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.accuracy_table import markdown
 from flywheel_fast import audit, config, review
 from flywheel_fast.checkpoint import write_atomic
 from flywheel_fast.data import reviews
@@ -111,7 +112,7 @@ def table(rows: list[dict]) -> str:
         "wrong of the reviewed",
         "seeds",
     )
-    lines = [head, ("---",) * len(head)]
+    lines = [head]
     columns = ("test_acc_aux", "selection_auroc", "auroc_of_the_rest", "posterior_acc")
     cells = dict.fromkeys((row["noise"], float(row["share"]), row["order"]) for row in rows)
     for noise, share, name in sorted(cells, key=lambda cell: (cell[0], cell[1], ORDERS.index(cell[2]))):
@@ -122,7 +123,7 @@ def table(rows: list[dict]) -> str:
         found = sum(int(row["wrong_found"]) for row in same) / max(sum(int(row["reviewed"]) for row in same), 1)
         hits = f"{found:.0%}" if share else "–"
         lines.append((noise, f"{share:.0%}", name if share else "–", *means, hits, f"{len(same)}"))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return markdown(lines) + "\n"
 
 
 def _mean(values: list[float]) -> str:

@@ -22,7 +22,6 @@ from flywheel_fast.data.sources import cache
 from flywheel_fast.data.views import ViewsConfig
 from flywheel_fast.errors import BadInput, Failure
 
-WORTH_A_BAR = 5000  # files
 CHUNK = 1000  # files that a thread asks for at a time
 
 
@@ -54,7 +53,7 @@ def broken(
         f"reading the {split} images once",
         total=len(mark_of),
         transient=True,
-        disable=len(mark_of) < WORTH_A_BAR,
+        disable=len(mark_of) < cache.WORTH_A_BAR,
     )
     try:
         for row, problem in looks:
