@@ -106,7 +106,7 @@ class Cycle:
             self.recall(loader)
             self.msteps(loader, epoch)
         if self.expecting(epoch):
-            if epoch + 1 == self.config.warmup and self.config.noise_model == "anchors":
+            if self.finding_noise(epoch):
                 self.look(loader)
                 with self.clock("em"):
                     self.state.find_noise(self.config.posterior)
@@ -116,12 +116,16 @@ class Cycle:
         """Whether this epoch ends with the E-steps."""
         return self.config.kind == "flywheel" and epoch + 1 >= self.config.warmup
 
+    def finding_noise(self, epoch: int) -> bool:
+        """Whether the first E-steps need a look of their own before them, to read the noise from."""
+        return epoch + 1 == self.config.warmup and self.config.noise_model == "anchors"
+
     def images(self, epoch: int, swept: int, drawn: int) -> int:
         """Images that `run` looks at in this epoch, for the progress bar; `swept` samples are in a sweep of the loader,
         `drawn` in an epoch."""
         if self.config.kind == "cross_entropy":
             return drawn
-        looks = self.expecting(epoch) + (epoch + 1 == self.config.warmup and self.config.noise_model == "anchors")
+        looks = self.expecting(epoch) + self.finding_noise(epoch)
         views = 2 + (self.config.contrastive > 0 and epoch >= self.config.warmup)
         return looks * swept + views * drawn
 
