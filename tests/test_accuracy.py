@@ -113,7 +113,7 @@ def test_a_broken_run_is_reported_and_the_others_are_done(tmp_path, capsys):
     assert "1 of 2 runs failed" in said and "broken/none/cross_entropy/0: flywheel-fast: data.root nowhere" in said
     assert list(rows_in(tmp_path)) == ["whole/none/cross_entropy/0"]
     table = (tmp_path / "rows_plan.md").read_text()
-    assert "| whole | small_cnn, 20 | none |" in table and "| broken | – | none | – | – |" in table
+    assert "| whole | small_cnn, 20 | none |" in table and "Not measured yet: broken/none." in table
 
     small_plan(tmp_path, tasks={"whole": whole | {"overrides": ["optim.lr=0.1"]}})
     assert call(plan, tmp_path) == 2  # never goes on with a run of other settings
