@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli import flywheel
 from conftest import refused as refused_data
-from test_train import SHORT, flywheel, refused, rows
+from test_train import SHORT, refused, rows
 from toy import C, make
 from toy import run as run_toy
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from cli import flywheel
 
 from flywheel_fast import config, trainer
 from flywheel_fast.data.pipelines import Loader
@@ -22,12 +23,6 @@ from flywheel_fast.data.pipelines import Loader
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SHORT = ["optim.epochs=3", "cycle.warmup=1", "data.train_size=200", "data.test_size=100"]
-
-
-def flywheel(*words, cwd, timeout=300, **environment):
-    command = [sys.executable, "-m", "flywheel_fast", *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment
-    return subprocess.run(command, cwd=cwd, timeout=timeout, capture_output=True, text=True, env=environment)
 
 
 def rows(run):
