@@ -17,6 +17,7 @@ from flywheel_fast import config as configs
 from flywheel_fast.cycle import Cycle, CycleConfig
 from flywheel_fast.data import noise, reviews, scan, sources
 from flywheel_fast.data.manifest import DROPPED, Manifest
+from flywheel_fast.data.memory import Memory
 from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.data.views import ViewsConfig
 from flywheel_fast.em import EMState
@@ -89,6 +90,7 @@ class Trainer:
         saved = checkpoint.load(out / run_folder.CHECKPOINT) if resume else None
         if saved:
             self.config = self._with_time_for_reviews(config, saved)
+        self.memory = Memory.free(self.device, config.data.cache_gb)
         self.loader = self._loader(self.train_set, config.optim.balanced_batches)
         self.test_loaders = {name: self._loader(part) for name, part in self.test_sets.items()}
         self.cycle = self._assemble()
@@ -134,7 +136,7 @@ class Trainer:
             config.seed,
             self.device,
             data.threads,
-            data.cache_gb,
+            self.memory,
             balanced_batches=balanced_batches,
         )
 
@@ -202,6 +204,8 @@ class Trainer:
         self.screen.say(
             f"{len(train_set.labels):,} images of {len(train_set.classes)} classes to train on, {test}; {where}"
         )
+        kept = (f"{name} {loader.kept}" for name, loader in [("train", self.loader), *self.test_loaders.items()])
+        self.screen.say(f"images: {'; '.join(kept)}; {self.memory.terms}")
         if self.loader.reader == "torchvision":
             self.screen.say("nvidia-dali is not installed: Pillow and torchvision read the images, more slowly")
         if self.bad_files:

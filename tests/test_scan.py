@@ -76,11 +76,11 @@ def test_what_the_scan_passes_never_stops_a_loader(tmp_path):
     assert "GIF, save it anew" in problems["a/is_a_gif.jpg"] and "b/21.png" in problems  # cut
     assert 10 < len(bad) < 40 and len(kept) == 61 - len(bad)
     views = ViewsConfig(image_size=16)
-    assert sum(len(index) for index, _ in Loader(kept, views, 8, 0, cache_gb=0).epoch(0)) == len(kept)
+    assert sum(len(index) for index, _ in Loader(kept, views, 8, 0).epoch(0)) == len(kept)
     for one in bad:
         row = np.flatnonzero(manifest.files == one.file_name)
         with pytest.raises(BadInput, match=one.file_name):
-            list(Loader(manifest.subset(row), views, 8, 0, cache_gb=0).sweep())
+            list(Loader(manifest.subset(row), views, 8, 0).sweep())
 
 
 def test_a_file_is_decoded_once_while_it_stays_as_it_is(folder, monkeypatch):

@@ -42,7 +42,7 @@ def broken(
     """The files that DALI refuses on `device`, by row; `present` [n] int64: of these rows only."""
     rows = np.arange(len(manifest)) if present is None else present
     marks = _marks(manifest, rows, threads)
-    loader = Loader(manifest, ViewsConfig(), 1, 0, device, threads, cache_gb=0)
+    loader = Loader(manifest, ViewsConfig(), 1, 0, device, threads)
     path = _remembered_in(manifest.root, loader)
     known = _recall(path)
     new = ~np.isin(marks, known)
