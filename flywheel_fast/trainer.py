@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -37,6 +38,7 @@ MEASURES = (
         "imagenet_acc_aux",
         "reviewed",
     ),
+    *(f"{test}_top5_{name}" for test in ("test", "imagenet") for name in ("main", "aux")),
 )
 COLUMNS = (
     *("cycle", *MEASURES, "loss_main", "loss_aux", "lr"),
@@ -44,6 +46,7 @@ COLUMNS = (
     "waiting",
 )
 NOTABLE_WAITING = 0.05  # share of a run's time
+TOP5_FROM = 50  # classes: whose literature reports both, that of WebVision first of all
 # Between a run and its resumption; moved data are recognised by their files and labels.
 MAY_CHANGE = {"name", "log", "eval_every", "optim.epochs"}
 MAY_CHANGE |= {"data.root", "data.noise.file", "data.reviews", "data.threads", "data.cache_gb"}
@@ -265,14 +268,18 @@ class Trainer:
         return row
 
     def _accuracy(self, test: str) -> dict:
-        """Share of the images of a test set that the averaged networks get right."""
+        """Share of the images of a test set that the averaged networks get right; of many classes, among their first
+        five too."""
         labels = torch.as_tensor(self.test_sets[test].labels, device=self.device)
         learners = self.cycle.learners()
-        right: dict[str, list[torch.Tensor]] = {name: [] for name in learners}
+        right = defaultdict(list)  # of each measure, [B] bool
         for index, (clean,) in self.test_loaders[test].sweep():
             for name, learner in learners.items():
-                right[name].append(learner.predict(clean).argmax(dim=1) == labels[index])
-        return {f"{test}_acc_{name}": torch.cat(hits).double().mean().item() for name, hits in right.items()}
+                logits, given = learner.predict(clean), labels[index]  # [B, C], [B]
+                right[f"{test}_acc_{name}"].append(logits.argmax(dim=1) == given)
+                if logits.shape[1] >= TOP5_FROM:
+                    right[f"{test}_top5_{name}"].append((logits.topk(5).indices == given[:, None]).any(dim=1))
+        return {measure: torch.cat(hits).double().mean().item() for measure, hits in right.items()}
 
     def _quality(self, true: np.ndarray) -> dict:
         state = self.cycle.state
@@ -403,6 +410,8 @@ class Trainer:
             rows.append((f"test accuracy, {of}", f"{row[f'{name}_acc_{used}']:.4f}"))
             if self.cycle.aux:
                 rows.append(("  of the main network", f"{row[f'{name}_acc_main']:.4f}"))
+            if f"{name}_top5_{used}" in row:
+                rows.append(("  among the first five", f"{row[f'{name}_top5_{used}']:.4f}"))
         if labels:
             rows += audit.summary_rows(labels, self.out)
         merged = self.cycle.state.merged_classes() if labels else []
