@@ -46,6 +46,7 @@ COLUMNS = (
     "waiting",
 )
 NOTABLE_WAITING = 0.05  # share of a run's time
+MOST_MERGERS = 3  # said of an epoch
 TOP5_FROM = 50  # classes: whose literature reports both, that of WebVision first of all
 # Between a run and its resumption; moved data are recognised by their files and labels.
 MAY_CHANGE = {"name", "log", "eval_every", "optim.epochs"}
@@ -208,7 +209,7 @@ class Trainer:
             f"{len(train_set.labels):,} images of {len(train_set.classes)} classes to train on, {test}; {where}"
         )
         kept = (f"{name} {loader.kept}" for name, loader in [("train", self.loader), *self.test_loaders.items()])
-        self.screen.say(f"images: {'; '.join(kept)}; {self.memory.terms}")
+        self.screen.say(f"images: {'; '.join(kept)} ({self.memory.terms})")
         if self.loader.reader == "torchvision":
             self.screen.say("nvidia-dali is not installed: Pillow and torchvision read the images, more slowly")
         if self.bad_files:
@@ -335,8 +336,13 @@ class Trainer:
         parts += [f"{name} {row[name]:.3f}" for name in shown if name in row]
         self.screen.say("  ".join(parts) + f"  {_seconds(row):.1f} s")
         ailments = self._ailments()
-        for name in ailments.keys() - self.warned:
-            self.screen.warn(ailments[name])
+        new = [name for name in ailments if name not in self.warned]
+        mergers = [name for name in new if name.startswith("merged ")]
+        for name in new:
+            if name not in mergers[MOST_MERGERS:]:
+                self.screen.warn(ailments[name])
+        if len(mergers) > MOST_MERGERS:
+            self.screen.warn(f"{len(mergers) - MOST_MERGERS} more classes have all but vanished from them")
         self.warned |= ailments.keys()
 
     def _ailments(self) -> dict[str, str]:
@@ -426,7 +432,8 @@ class Trainer:
             count = f"{len(self.bad_files):,} broken files: {self.out / run_folder.BAD_FILES}"
             rows.append(("left out", count))
         if (waiting := _waiting(self.history)) > NOTABLE_WAITING:
-            cure = "more data.threads, or a larger data.cache_gb, may help"
+            decode_less = ", or a larger data.cache_gb," if self.loader.images is None else ""
+            cure = f"more data.threads{decode_less} may help"
             rows.append(("waiting", f"{waiting:.0%} of the time passed waiting for images: {cure}"))
         seconds = sum(_seconds(row) for row in self.history)
         rows.append(("network", f"{self.out / 'weights' / 'model.safetensors'} ({used})"))

@@ -109,9 +109,9 @@ def test_a_training_says_where_its_images_stay(folder, tmp_path):
     words += ["optim.epochs=1", "cycle.warmup=1"]
     assert cli.main([*words, "--out", str(tmp_path / "a")]) == 0
     assert cli.main([*words, "data.cache_gb=0", "--out", str(tmp_path / "b")]) == 0
-    line = r"images: train {0}, [\d.]+ MB.*; test {0}, [\d.]+ MB.*; by {1} they may take [\d.]+ .B of host memory"
+    line = r"images: train {0}, [\d.]+ MB.*; test {0}, [\d.]+ MB.* \(up to [\d.]+ .B of host memory: {1}\)"
     kept, read = ((tmp_path / name / "train.log").read_text() for name in "ab")
-    assert re.search(line.format("decoded in host memory", "what is free"), kept)
+    assert re.search(line.format("decoded in host memory", "a share of what is free"), kept)
     assert re.search(line.format("read from files", "data.cache_gb=0"), read)
     assert cli.main([*words, "data.cache_gb=-1", "--out", str(tmp_path / "c")]) == 2
 
@@ -157,7 +157,5 @@ def test_a_share_of_the_free_memory_or_what_is_asked_for_where_there_is_so_much(
     assert Memory.free("cuda", None, processes=4).room == {"host": 1e9, "device": 10e9}
     assert Memory.free("cuda", 20).room == {"host": 8e9, "device": 20e9}
     assert Memory.free("cuda", 0).room == {"host": 0, "device": 0}
-    assert (
-        Memory.free("cuda", 0.5).terms
-        == "by data.cache_gb=0.5 they may take 0.5 GB of device memory and 0.5 GB of host memory"
-    )
+    terms = Memory.free("cuda", 0.5).terms
+    assert terms == "up to 0.5 GB of device memory and 0.5 GB of host memory: data.cache_gb=0.5"

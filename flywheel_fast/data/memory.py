@@ -33,8 +33,8 @@ class Memory:
         for where, share in SHARES.items():
             room[where] = share * room[where] if cache_gb is None else min(cache_gb * 1e9, room[where])
         told = [f"{size_text(room[where])} of {where} memory" for where in ("device", "host")[not has_device :]]
-        source = "by what is free" if cache_gb is None else f"by data.cache_gb={cache_gb:g}"
-        return cls(**room, terms=f"{source} they may take {' and '.join(told)}")
+        source = "a share of what is free" if cache_gb is None else f"data.cache_gb={cache_gb:g}"
+        return cls(**room, terms=f"up to {' and '.join(told)}: {source}")
 
 
 def free_on_host(system: Path = Path("/")) -> float:

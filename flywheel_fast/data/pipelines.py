@@ -182,8 +182,8 @@ class Loader:
         if encoded <= memory.room["host"]:
             self.room_for_files = encoded
             memory.room["host"] -= encoded
-            return f"files in host memory, {size_text(encoded)}; decoded {size_text(decoded)}"
-        return f"read from files, {size_text(encoded)}; decoded {size_text(decoded)}"
+            return f"files in host memory, {size_text(encoded)}, {size_text(decoded)} if decoded"
+        return f"read from files, {size_text(encoded)}, {size_text(decoded)} if decoded"
 
     def _decode_all(self, where: str, room: float) -> float:
         """Keeps all images; returns their bytes, or 0 if they are too many after all."""
