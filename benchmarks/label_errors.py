@@ -31,6 +31,7 @@ from flywheel_fast.checkpoint import write_atomic
 from flywheel_fast.cycle import Cycle, CycleConfig
 from flywheel_fast.data import noise, sources
 from flywheel_fast.data.manifest import Manifest
+from flywheel_fast.data.memory import Memory
 from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.em import EMState
 from flywheel_fast.errors import BadInput
@@ -131,9 +132,8 @@ def out_of_sample(config: Config, train_set: Manifest) -> np.ndarray:  # [N, C] 
 
     def loader(part: np.ndarray) -> Loader:
         data = config.data
-        return Loader(
-            train_set.subset(part), config.views, optim.batch_size, config.seed, device, data.threads, data.cache_gb
-        )
+        memory = Memory.free(device, data.cache_gb)
+        return Loader(train_set.subset(part), config.views, optim.batch_size, config.seed, device, data.threads, memory)
 
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=config.seed).split(train_set.labels, train_set.labels)
     for number, (part, held_out) in enumerate(folds):

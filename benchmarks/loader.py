@@ -27,6 +27,7 @@ from torchvision.transforms import v2
 
 from flywheel_fast import env
 from flywheel_fast.data.manifest import Manifest
+from flywheel_fast.data.memory import Memory
 from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.data.views import ViewsConfig
 
@@ -134,7 +135,7 @@ def torchvision_epochs(row: Row, table: Manifest) -> Callable[[], None]:
 
 
 def our_epochs(table: Manifest, config: ViewsConfig, decoded: bool, views: tuple[str, ...]) -> Callable[[], None]:
-    loader = Loader(table, config, BATCH, seed=0, threads=CORES, cache_gb=100 if decoded else 0)
+    loader = Loader(table, config, BATCH, seed=0, threads=CORES, memory=Memory(host=1e11) if decoded else None)
 
     def epoch() -> None:
         for _ in loader.epoch(0, views):

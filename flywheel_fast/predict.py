@@ -56,7 +56,7 @@ class Predictor:
         index = np.array([row for row in range(len(files)) if row not in refused], dtype=np.int64)
         found = [torch.empty(0, len(self.classes))]
         if len(index):
-            loader = Loader(manifest.subset(index), self.config.views, 1, 0, self.device, threads, cache_gb=0)
+            loader = Loader(manifest.subset(index), self.config.views, 1, 0, self.device, threads)
             found += [self.learner.predict(clean).float().softmax(dim=1).cpu() for _, (clean,) in loader.sweep()]
         return torch.cat(found).numpy(), index, [f"{one.file_name}: {one.problem}" for one in refused.values()]
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from flywheel_fast import config as configs
 from flywheel_fast.cycle import Cycle, CycleConfig
 from flywheel_fast.data import noise, reviews, scan, sources
 from flywheel_fast.data.manifest import DROPPED, Manifest
+from flywheel_fast.data.memory import Memory
 from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.data.views import ViewsConfig
 from flywheel_fast.em import EMState
@@ -36,6 +38,7 @@ MEASURES = (
         "imagenet_acc_aux",
         "reviewed",
     ),
+    *(f"{test}_top5_{name}" for test in ("test", "imagenet") for name in ("main", "aux")),
 )
 COLUMNS = (
     *("cycle", *MEASURES, "loss_main", "loss_aux", "lr"),
@@ -43,6 +46,8 @@ COLUMNS = (
     "waiting",
 )
 NOTABLE_WAITING = 0.05  # share of a run's time
+MOST_MERGERS = 3  # said of an epoch
+TOP5_FROM = 50  # classes: whose literature reports both, that of WebVision first of all
 # Between a run and its resumption; moved data are recognised by their files and labels.
 MAY_CHANGE = {"name", "log", "eval_every", "optim.epochs"}
 MAY_CHANGE |= {"data.root", "data.noise.file", "data.reviews", "data.threads", "data.cache_gb"}
@@ -89,6 +94,7 @@ class Trainer:
         saved = checkpoint.load(out / run_folder.CHECKPOINT) if resume else None
         if saved:
             self.config = self._with_time_for_reviews(config, saved)
+        self.memory = Memory.free(self.device, config.data.cache_gb)
         self.loader = self._loader(self.train_set, config.optim.balanced_batches)
         self.test_loaders = {name: self._loader(part) for name, part in self.test_sets.items()}
         self.cycle = self._assemble()
@@ -134,7 +140,7 @@ class Trainer:
             config.seed,
             self.device,
             data.threads,
-            data.cache_gb,
+            self.memory,
             balanced_batches=balanced_batches,
         )
 
@@ -202,6 +208,8 @@ class Trainer:
         self.screen.say(
             f"{len(train_set.labels):,} images of {len(train_set.classes)} classes to train on, {test}; {where}"
         )
+        kept = (f"{name} {loader.kept}" for name, loader in [("train", self.loader), *self.test_loaders.items()])
+        self.screen.say(f"images: {'; '.join(kept)} ({self.memory.terms})")
         if self.loader.reader == "torchvision":
             self.screen.say("nvidia-dali is not installed: Pillow and torchvision read the images, more slowly")
         if self.bad_files:
@@ -261,14 +269,18 @@ class Trainer:
         return row
 
     def _accuracy(self, test: str) -> dict:
-        """Share of the images of a test set that the averaged networks get right."""
+        """Share of the images of a test set that the averaged networks get right; of many classes, among their first
+        five too."""
         labels = torch.as_tensor(self.test_sets[test].labels, device=self.device)
         learners = self.cycle.learners()
-        right: dict[str, list[torch.Tensor]] = {name: [] for name in learners}
+        right = defaultdict(list)  # of each measure, [B] bool
         for index, (clean,) in self.test_loaders[test].sweep():
             for name, learner in learners.items():
-                right[name].append(learner.predict(clean).argmax(dim=1) == labels[index])
-        return {f"{test}_acc_{name}": torch.cat(hits).double().mean().item() for name, hits in right.items()}
+                logits, given = learner.predict(clean), labels[index]  # [B, C], [B]
+                right[f"{test}_acc_{name}"].append(logits.argmax(dim=1) == given)
+                if logits.shape[1] >= TOP5_FROM:
+                    right[f"{test}_top5_{name}"].append((logits.topk(5).indices == given[:, None]).any(dim=1))
+        return {measure: torch.cat(hits).double().mean().item() for measure, hits in right.items()}
 
     def _quality(self, true: np.ndarray) -> dict:
         state = self.cycle.state
@@ -324,8 +336,13 @@ class Trainer:
         parts += [f"{name} {row[name]:.3f}" for name in shown if name in row]
         self.screen.say("  ".join(parts) + f"  {_seconds(row):.1f} s")
         ailments = self._ailments()
-        for name in ailments.keys() - self.warned:
-            self.screen.warn(ailments[name])
+        new = [name for name in ailments if name not in self.warned]
+        mergers = [name for name in new if name.startswith("merged ")]
+        for name in new:
+            if name not in mergers[MOST_MERGERS:]:
+                self.screen.warn(ailments[name])
+        if len(mergers) > MOST_MERGERS:
+            self.screen.warn(f"{len(mergers) - MOST_MERGERS} more classes have all but vanished from them")
         self.warned |= ailments.keys()
 
     def _ailments(self) -> dict[str, str]:
@@ -399,6 +416,8 @@ class Trainer:
             rows.append((f"test accuracy, {of}", f"{row[f'{name}_acc_{used}']:.4f}"))
             if self.cycle.aux:
                 rows.append(("  of the main network", f"{row[f'{name}_acc_main']:.4f}"))
+            if f"{name}_top5_{used}" in row:
+                rows.append(("  among the first five", f"{row[f'{name}_top5_{used}']:.4f}"))
         if labels:
             rows += audit.summary_rows(labels, self.out)
         merged = self.cycle.state.merged_classes() if labels else []
@@ -413,7 +432,8 @@ class Trainer:
             count = f"{len(self.bad_files):,} broken files: {self.out / run_folder.BAD_FILES}"
             rows.append(("left out", count))
         if (waiting := _waiting(self.history)) > NOTABLE_WAITING:
-            cure = "more data.threads, or a larger data.cache_gb, may help"
+            decode_less = ", or a larger data.cache_gb," if self.loader.images is None else ""
+            cure = f"more data.threads{decode_less} may help"
             rows.append(("waiting", f"{waiting:.0%} of the time passed waiting for images: {cure}"))
         seconds = sum(_seconds(row) for row in self.history)
         rows.append(("network", f"{self.out / 'weights' / 'model.safetensors'} ({used})"))

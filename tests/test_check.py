@@ -38,6 +38,9 @@ def test_every_config_trains_to_the_end_on_its_miniature(miniatures, tmp_path, m
     assert ("imagenet_acc_main" in json.loads((tmp_path / "runs" / name / "result.json").read_bytes())) == (
         name == "webvision"
     )
+    assert (tmp_path / "runs" / name / "train.log").read_text().count("all but vanished") <= 4  # in its one cycle
+    assert bool(last["imagenet_top5_aux"]) == (name == "webvision")
+    assert bool(last["test_top5_main"]) == (name in ("webvision", "cifar100"))
     with open(tmp_path / "runs" / name / "labels" / "issues.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == {"cifar100": 400, "tiny_imagenet": 120, "clothing1m": 112}.get(
             name, 200

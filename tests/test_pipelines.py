@@ -9,16 +9,18 @@ from conftest import write_image
 from PIL import Image
 
 from flywheel_fast.data.manifest import Manifest
+from flywheel_fast.data.memory import Memory
 from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.data.sources import DataConfig, load
 from flywheel_fast.data.views import ViewsConfig
 from flywheel_fast.errors import BadInput
 
 CONFIGS = {
-    "cached": (ViewsConfig(image_size=16), 1.0),
-    "files": (ViewsConfig(image_size=16), 0.0),
-    "resized": (ViewsConfig(image_size=16, crop="resized"), 1.0),
-    "randaugment": (ViewsConfig(image_size=16, strong="randaugment"), 1.0),
+    "cached": (ViewsConfig(image_size=16), 1e9),
+    "files": (ViewsConfig(image_size=16), 0),
+    "resized": (ViewsConfig(image_size=16, crop="resized"), 0),
+    "resized, cached": (ViewsConfig(image_size=16, crop="resized"), 1e9),
+    "randaugment": (ViewsConfig(image_size=16, strong="randaugment"), 1e9),
 }
 
 
@@ -28,10 +30,9 @@ def manifest(folder):
 
 
 def loader(manifest, kind="cached", **options):
-    views, cache_gb = CONFIGS[kind]
-    return Loader(
-        manifest, options.pop("views", views), options.pop("batch_size", 4), seed=1, cache_gb=cache_gb, **options
-    )
+    views, room = CONFIGS[kind]
+    options = {"views": views, "batch_size": 4, "memory": Memory(room)} | options
+    return Loader(manifest, seed=1, **options)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -137,7 +138,7 @@ def test_odd_files_become_three_channels(tmp_path):
     grey.convert("RGBA").save(tmp_path / "alpha.png")
     grey.save(tmp_path / "grey.jpg")
     files = np.array(["grey.png", "palette.png", "alpha.png", "grey.jpg"])
-    for kind in ("cached", "files", "resized"):
+    for kind in ("cached", "files", "resized", "resized, cached"):
         one = loader(Manifest(tmp_path, files, np.zeros(4, np.int64), ("a",)), kind)
         ((_, (images,)),) = one.sweep()
         assert images.shape == (4, 3, 16, 16)
@@ -170,7 +171,7 @@ def test_all_broken_images_are_found_before_a_small_set_is_trained_on(folder):
     with pytest.raises(
         BadInput, match=r"^5 files are broken: .*cat/1\.png: .*GIF.*dog/1\.png: .*empty.*owl/0"
     ) as error:
-        loader(manifest)
+        loader(manifest, "cached")
     assert str(error.value).count(str(folder)) == 3  # the first few
 
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from flywheel_fast.data import pipelines
 from flywheel_fast.data.manifest import Manifest
+from flywheel_fast.data.memory import Memory
 from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.data.sources import DataConfig, load
 from flywheel_fast.data.views import ViewsConfig
@@ -24,10 +25,10 @@ DALI = pipelines.has_dali()
 needs_dali = pytest.mark.skipif(not DALI, reason="DALI is not installed")
 READERS = [pytest.param("DALI", marks=needs_dali), "torchvision"]
 SETTINGS = {
-    "cached": (ViewsConfig(image_size=16), 1.0),
-    "files": (ViewsConfig(image_size=16), 0.0),
-    "resized": (ViewsConfig(image_size=16, crop="resized"), 1.0),
-    "randaugment": (ViewsConfig(image_size=16, strong="randaugment"), 1.0),
+    "cached": (ViewsConfig(image_size=16), 1e9),
+    "files": (ViewsConfig(image_size=16), 0),
+    "resized": (ViewsConfig(image_size=16, crop="resized"), 0),
+    "randaugment": (ViewsConfig(image_size=16, strong="randaugment"), 1e9),
 }
 VIEWS = ("clean", "weak", "strong", "strong2")
 ROUGH = np.random.default_rng(0).integers(40, 215, size=(6, 8, 3), dtype=np.uint8)
@@ -58,8 +59,8 @@ def no_dali(monkeypatch):
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_same_samples_in_the_same_order_and_the_same_bytes_for_the_same_seed(manifest, no_dali, settings):
-    views, cache_gb = SETTINGS[settings]
-    one, two = (Loader(manifest, views, 4, 1, threads=threads, cache_gb=cache_gb) for threads in (1, 2))
+    views, room = SETTINGS[settings]
+    one, two = (Loader(manifest, views, 4, 1, threads=threads, memory=Memory(room)) for threads in (1, 2))
     assert one.reader == "torchvision"
     list(two.epoch(0))
     state = torch.get_rng_state()
@@ -72,7 +73,7 @@ def test_the_same_samples_in_the_same_order_and_the_same_bytes_for_the_same_seed
         assert not torch.equal(a.views[2], a.views[3])
     assert not torch.equal(first[0].views[1], other[0].views[1])
     for reader in ["DALI"] * DALI:
-        by_dali = read_by(Loader(manifest, views, 4, 1, cache_gb=0), reader).epoch(3)
+        by_dali = read_by(Loader(manifest, views, 4, 1), reader).epoch(3)
         assert all(torch.equal(a.index, b.index) for a, b in zip(first, by_dali, strict=True))
 
 
@@ -86,9 +87,9 @@ def test_broken_files_are_named(manifest, folder, no_dali, damage):
         path.unlink()
     else:
         path.write_bytes({"text": b"not an image" * 20, "empty": b""}.get(damage, content[: len(content) // 2]))
-    for cache_gb in (0, 1):
+    for room in (0, 1e9):
         with pytest.raises(BadInput, match=r"train/dog/2\.jpg: .*(take it out of the data set)"):
-            list(Loader(manifest, ViewsConfig(image_size=16), 4, 1, cache_gb=cache_gb).epoch(0))
+            list(Loader(manifest, ViewsConfig(image_size=16), 4, 1, memory=Memory(room)).epoch(0))
 
 
 def test_a_training_needs_no_dali_and_says_so_once(tmp_path):
@@ -177,7 +178,7 @@ def test_every_kind_of_file_becomes_its_rgb(tmp_path, reader):
     wanted.append(ImageOps.fit(RGB, (36, 36), Image.Resampling.BOX))
     files = np.array([*FILES, "rgb16.png"])
     manifest = Manifest(tmp_path, files, np.zeros(len(files), np.int64), ("a",))
-    loader = read_by(Loader(manifest, ViewsConfig(image_size=36, pad=0), len(files), 0, cache_gb=0), reader)
+    loader = read_by(Loader(manifest, ViewsConfig(image_size=36, pad=0), len(files), 0), reader)
     ((_, (images,)),) = loader.sweep()
     for name, found, exact in zip(files, (images * 64 + 127.5).permute(0, 2, 3, 1).numpy(), wanted, strict=True):
         assert np.abs(found - np.asarray(exact, np.float32)).max() < 0.01, name
@@ -221,7 +222,7 @@ def test_dalis_views_are_distributed_as_torchvisions(tmp_path, what):
     config, view = LIKE[what]
     found = []
     for reader in ("DALI", "torchvision"):
-        loader = read_by(Loader(manifest, config, 250, 0, cache_gb=0), reader)
+        loader = read_by(Loader(manifest, config, 250, 0), reader)
         found.append(measured(torch.cat([views for _, (views,) in loader.epoch(0, (view,))]) * 64 + 127.5))
     ours, theirs = found
     for name in ours:

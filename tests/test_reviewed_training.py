@@ -17,6 +17,7 @@ from benchmarks import review as bench
 from flywheel_fast import audit
 from flywheel_fast.data import reviews, sources
 from flywheel_fast.data.manifest import DROPPED, NOT_REVIEWED
+from flywheel_fast.data.memory import Memory
 from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.data.reviews import Review
 from flywheel_fast.data.views import ViewsConfig
@@ -116,8 +117,8 @@ def test_a_dropped_image_is_in_no_batch(folder, tmp_path):
     files = sources.load(config).train.files
     path = written(tmp_path / "r.csv", Review(files[0], "drop"), Review(files[5], "drop"), Review(files[6], "unsure"))
     train = sources.load(sources.DataConfig("folder", str(folder), reviews=str(path))).train
-    for cache_gb in (1, 0):
-        loader = Loader(train, ViewsConfig(image_size=16, pad=2), 5, seed=0, cache_gb=cache_gb)
+    for room in (1e9, 0):
+        loader = Loader(train, ViewsConfig(image_size=16, pad=2), 5, seed=0, memory=Memory(room))
         wanted = sorted(set(range(18)) - {0, 5})
         for batches in (loader.epoch(3), loader.sweep()):
             assert sorted(torch.cat([index for index, _ in batches]).tolist()) == wanted

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -76,11 +77,38 @@ def test_what_the_scan_passes_never_stops_a_loader(tmp_path):
     assert "GIF, save it anew" in problems["a/is_a_gif.jpg"] and "b/21.png" in problems  # cut
     assert 10 < len(bad) < 40 and len(kept) == 61 - len(bad)
     views = ViewsConfig(image_size=16)
-    assert sum(len(index) for index, _ in Loader(kept, views, 8, 0, cache_gb=0).epoch(0)) == len(kept)
+    assert sum(len(index) for index, _ in Loader(kept, views, 8, 0).epoch(0)) == len(kept)
     for one in bad:
         row = np.flatnonzero(manifest.files == one.file_name)
         with pytest.raises(BadInput, match=one.file_name):
-            list(Loader(manifest.subset(row), views, 8, 0, cache_gb=0).sweep())
+            list(Loader(manifest.subset(row), views, 8, 0).sweep())
+
+
+def test_what_decoders_say_of_broken_files_is_not_shown_and_all_else_is(tmp_path, capfd, monkeypatch):
+    rng = np.random.default_rng(0)
+    files = [f"{number:02}.{('jpg', 'png', 'tiff', 'bmp', 'jp2', 'webp')[number % 6]}" for number in range(30)]
+    for number, file in enumerate(files):
+        write_image(tmp_path / file, rng)
+        content = (tmp_path / file).read_bytes()
+        middle = len(content) // 2
+        spoilt = (content, content[:middle], content[:-1], b"text" * 30, content[:middle] + b"\xff" * 30 + content)
+        (tmp_path / file).write_bytes(spoilt[number // 6])
+    manifest = scan.Manifest(tmp_path, files, np.zeros(30, np.int64), ("a",))
+    list(Loader(manifest, ViewsConfig(), 1, 0).looked_at(np.arange(30)))
+    if Loader(manifest, ViewsConfig(), 1, 0).reader == "DALI":
+        assert "[libjpeg_turbo_decoder]" in capfd.readouterr().err
+    original = Loader.looked_at
+
+    def talking(self, rows):
+        os.write(2, b"the disk is on fire\n")
+        yield from original(self, rows)
+        print("and the roof", file=sys.stderr)
+
+    monkeypatch.setattr(Loader, "looked_at", talking)
+    assert 12 < len(scan.broken(manifest, "train", "cpu", 1)) < 25
+    assert sorted(capfd.readouterr().err.splitlines()) == ["and the roof", "the disk is on fire"]
+    os.write(2, b"later\n")
+    assert capfd.readouterr().err == "later\n"
 
 
 def test_a_file_is_decoded_once_while_it_stays_as_it_is(folder, monkeypatch):

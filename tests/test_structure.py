@@ -15,7 +15,7 @@ FLOORS = [  # a module may import from floors below its own, and from the rooms 
     | {"data.noise", "data.noise_files", "data.reviews"},
     {"data.sources.folders", "data.sources.tables", "data.sources.lists", "data.sources.arrays"}
     | {"data.sources.shards", "data.sources.cache", "data.plain"},
-    {"data.sources.__init__", "data.fixtures"},
+    {"data.sources.__init__", "data.fixtures", "data.memory"},
     {"cycle", "data.pipelines", "checkpoint", "run_folder", "screen", "sinks"},
     {"data.scan"},
     {"audit", "doctor", "data.check"},

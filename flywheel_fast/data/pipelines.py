@@ -7,7 +7,7 @@ pipeline made of it lives for one epoch: its seed is a function of (seed, epoch,
 
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import islice
 from typing import NamedTuple
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from flywheel_fast.data import plain
 from flywheel_fast.data.manifest import DROPPED, Manifest
+from flywheel_fast.data.memory import Memory, needed, size_text
 from flywheel_fast.data.order import balanced_order, epoch_order
 from flywheel_fast.data.views import WHOLE_CROP, ViewsConfig
 from flywheel_fast.errors import BadInput
 
 TRANSLATION = 150 / 331  # RandAugment's greatest shift, a share of the image's side (Cubuk et al. 2020)
-SWEEP_BATCH = 500
+DECODE_BATCH = 64  # photographs of 12 megapixels take 2 GB then
 SCAN_BATCH = 16  # DALI 2.x dies of a segmentation fault where many of a larger batch are broken: of 32, eight suffice
 AHEAD = 2  # batches under way in DALI
 MOST_BROKEN = 100  # files looked for, once one is found
@@ -39,8 +40,8 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Batches of one manifest, without what a review dropped. Images that fit into `cache_gb` are decoded once and stay
-    in memory as uint8."""
+    """Batches of one manifest, without what a review dropped. Images stay decoded on the device if `memory` has room
+    there, else decoded in host memory, else as files in it; `kept` says what became of it."""
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class Loader:
         seed: int,
         device: torch.device | str = "cpu",
         threads: int = 2,
-        cache_gb: float = 2.0,
+        memory: Memory | None = None,
         rank: int = 0,
         world: int = 1,
         balanced_batches: int | None = None,
@@ -62,9 +63,11 @@ class Loader:
         self.used = everything if manifest.reviewed is None else everything[manifest.reviewed != DROPPED]
         self.balanced_batches = balanced_batches
         self.graphs: dict[tuple[str, ...], bytes] = {}  # by their views, none for those that only decode
-        self.cache: np.ndarray | None = None  # [N, H + 2 pad, W + 2 pad, 3] uint8
-        if views.crop == "pad" and 3 * (views.image_size + 2 * views.pad) ** 2 * len(manifest) <= cache_gb * 1e9:
-            self.cache = self._decode_all()
+        # Decoded: with crop=pad [N, H + 2 pad, W + 2 pad, 3], else each [H, W, 3] of its own size; uint8
+        self.images: Tensor | list[Tensor] | None = None
+        self.files: dict[int, np.ndarray] = {}  # by row, each [bytes] uint8
+        self.room_for_files = 0.0  # bytes
+        self.kept = self._keep(memory) if memory else "read from files"
 
     def __len__(self) -> int:
         """Batches of an epoch, on this rank."""
@@ -89,46 +92,45 @@ class Loader:
 
     def sweep(self) -> Iterator[Batch]:
         """The clean view of every sample of this rank once, in order, in larger batches."""
-        return self._batches(self.used[self.rank :: self.world], SWEEP_BATCH, ("clean",), seed=0)
+        size = 500 if self.views.image_size <= 64 else DECODE_BATCH
+        return self._batches(self.used[self.rank :: self.world], size, ("clean",), seed=0)
 
     def _batches(self, order: np.ndarray, batch_size: int, views: tuple[str, ...], seed: int) -> Iterator[Batch]:
         pieces = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-        drawn = tuple(view for view in views if view != "clean" or self.cache is None)  # by DALI
+        at_hand = isinstance(self.images, Tensor)  # the clean view is in there
+        drawn = tuple(view for view in views if view != "clean" or not at_hand)  # by DALI
         outputs = self._run(pieces, drawn, seed) if drawn else ([] for _ in pieces)
         for piece, images in zip(pieces, outputs, strict=True):
             by_name = dict(zip(drawn, images, strict=True))
-            if "clean" in views and self.cache is not None:
-                by_name["clean"] = self._normalise(self.cache[piece])
+            if "clean" in views and at_hand:
+                inner = slice(self.views.pad, self.views.pad + self.views.image_size)
+                by_name["clean"] = self._normalise(self._gathered(piece)[:, inner, inner])
             yield Batch(torch.from_numpy(piece).to(self.device), tuple(by_name[view] for view in views))
 
-    def _normalise(self, images: np.ndarray) -> Tensor:
-        """[B, H + 2 pad, W + 2 pad, 3] uint8 -> the clean view [B, 3, H, W] float32 on the device."""
-        inner = slice(self.views.pad, self.views.pad + self.views.image_size)
+    def _normalise(self, images: Tensor) -> Tensor:
+        """[B, H, W, 3] uint8 -> [B, 3, H, W] float32 on the device."""
         mean, std = (torch.tensor(values, device=self.device) for values in (self.views.mean, self.views.std))
-        return ((torch.from_numpy(images[:, inner, inner]).to(self.device) - mean) / std).permute(0, 3, 1, 2)
+        return ((images.to(self.device) - mean) / std).permute(0, 3, 1, 2)
 
     def _run(self, pieces: list[np.ndarray], views: tuple[str, ...], seed: int) -> Iterator[list[Tensor]]:
         """The views of each piece, each [B, 3, H, W]; a file that cannot be read is named."""
-        if self.cache is not None:
-            yield from self._outputs(pieces, self.cache.__getitem__, views, seed)
-            return
         done = 0
         try:
-            for outputs in self._outputs(pieces, self._encoded, views, seed):
+            for outputs in self._outputs(pieces, views, seed):
                 done += 1
                 yield outputs
         except (RuntimeError, OSError) as error:
-            self._name_broken(pieces[done : done + 1 + AHEAD], error)
+            if self.images is None:
+                self._name_broken(pieces[done : done + 1 + AHEAD], error)
             raise
 
-    def _outputs(
-        self, pieces: list[np.ndarray], read: Callable, views: tuple[str, ...] = (), seed: int = 0
-    ) -> Iterator[list[Tensor]]:
-        """What the reader makes of `read(piece)`; without views, the images as the cache holds them, [B, H, W, 3]."""
+    def _outputs(self, pieces: list[np.ndarray], views: tuple[str, ...] = (), seed: int = 0) -> Iterator[list[Tensor]]:
+        """What the reader makes of each piece: views [B, 3, H, W]; without views the images, each [H, W, 3] uint8."""
         if not pieces:
             return
         if self.reader == "torchvision":
-            for images in plain.outputs(self.views, pieces, read, views, seed, self.cache is None, self.threads):
+            encoded = self.images is None
+            for images in plain.outputs(self.views, pieces, self._read, views, seed, encoded, self.threads):
                 yield [image.to(self.device) for image in images]
             return
         from nvidia.dali import Pipeline
@@ -141,16 +143,75 @@ class Loader:
             self.graphs[views], seed=seed, batch_size=max(map(len, pieces)), prefetch_queue_depth=ahead, **kind
         )
         for piece in pieces[:ahead]:
-            pipeline.feed_input("images", read(piece))
+            pipeline.feed_input("images", self._read(piece))
         pipeline.schedule_run()  # all that was fed
         for number in range(len(pieces)):
             outputs = pipeline.share_outputs()
             pipeline.release_outputs()  # `outputs` stay valid
             if number + ahead < len(pieces):
-                pipeline.feed_input("images", read(pieces[number + ahead]))
+                pipeline.feed_input("images", self._read(pieces[number + ahead]))
                 pipeline.schedule_run()
+            if not views:
+                yield [torch.from_dlpack(outputs[0][at]) for at in range(len(outputs[0]))]
+                continue
             images = [torch.from_dlpack(output.as_tensor()) for output in outputs]
-            yield [image.permute(0, 3, 1, 2) for image in images] if views else images
+            yield [self._normalise(view) if view.dtype == torch.uint8 else view.permute(0, 3, 1, 2) for view in images]
+
+    def _read(self, piece: np.ndarray) -> list | np.ndarray | Tensor:
+        """What the reader starts from: images that are kept, else files. DALI takes host memory from NumPy only."""
+        if self.images is None:
+            return [self._file(row) for row in piece.tolist()]
+        if isinstance(self.images, list):
+            images = [self.images[row] for row in piece.tolist()]
+            return images if images[0].is_cuda else [image.numpy() for image in images]
+        images = self._gathered(piece)
+        return images if images.is_cuda else images.numpy()
+
+    def _gathered(self, piece: np.ndarray) -> Tensor:  # [B, H + 2 pad, W + 2 pad, 3] uint8
+        return self.images.index_select(0, torch.from_numpy(piece).to(self.images.device))
+
+    # -- what is kept --------------------------------------------------------------------------------------------------
+
+    def _keep(self, memory: Memory) -> str:
+        """Climbs the ladder as far as there is room; says how far. Raises BadInput for files that cannot be read."""
+        decoded, encoded = needed(self.manifest, self.views)
+        for where in ("device", "host")[self.reader != "DALI" :]:  # torchvision cuts on the CPU
+            if decoded <= memory.room[where] and (taken := self._decode_all(where, memory.room[where])):
+                memory.room[where] -= taken
+                return f"decoded in {where} memory, {size_text(taken)}"
+        if encoded <= memory.room["host"]:
+            self.room_for_files = encoded
+            memory.room["host"] -= encoded
+            return f"files in host memory, {size_text(encoded)}, {size_text(decoded)} if decoded"
+        return f"read from files, {size_text(encoded)}, {size_text(decoded)} if decoded"
+
+    def _decode_all(self, where: str, room: float) -> float:
+        """Keeps all images; returns their bytes, or 0 if they are too many after all."""
+        from rich.progress import track
+
+        place = self.device if where == "device" else torch.device("cpu")
+        count, side = len(self.manifest), self.views.image_size + 2 * self.views.pad
+        padded = self.views.crop == "pad"
+        images = torch.empty((count, side, side, 3), dtype=torch.uint8, device=place) if padded else []
+        pieces = np.split(np.arange(count), range(DECODE_BATCH, count, DECODE_BATCH))
+        shown = track(pieces, "decoding", transient=True, disable=count < 5000)
+        taken = 0
+        try:
+            for piece, decoded in zip(shown, self._outputs(pieces), strict=True):
+                taken += sum(image.nbytes for image in decoded)
+                if taken > room:
+                    return 0
+                if padded:
+                    images[piece[0] : piece[-1] + 1] = torch.stack(decoded)
+                else:
+                    images += [image.to(place, copy=True) for image in decoded]
+                if place.type == "cuda":  # before DALI has the memory of `decoded` back
+                    torch.cuda.current_stream(place).synchronize()
+        except (RuntimeError, OSError) as error:
+            self._name_broken(pieces, error)
+            raise
+        self.images = images
+        return taken
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -160,7 +221,7 @@ class Loader:
         while pieces:
             done = 0
             try:
-                for _ in self._outputs(pieces, self._encoded):
+                for _ in self._outputs(pieces):
                     yield from ((row, "") for row in pieces[done].tolist())
                     done += 1
                 return
@@ -170,24 +231,14 @@ class Loader:
                     yield from ((row, problems.get(row, "")) for row in piece.tolist())
                 pieces = pieces[done + 1 + AHEAD :]
 
-    def _encoded(self, piece: np.ndarray) -> list[np.ndarray]:  # each [bytes of the file] uint8
-        return [np.fromfile(self.manifest.root / file, dtype=np.uint8) for file in self.manifest.files[piece]]
-
-    def _decode_all(self) -> np.ndarray:
-        """All images [N, H + 2 pad, W + 2 pad, 3] uint8, as `_padded` has them."""
-        from rich.progress import track
-
-        size = self.views.image_size + 2 * self.views.pad
-        cache = np.empty((len(self.manifest), size, size, 3), np.uint8)
-        pieces = np.split(np.arange(len(cache)), range(SWEEP_BATCH, len(cache), SWEEP_BATCH))
-        outputs = self._outputs(pieces, self._encoded)
-        try:
-            for piece in track(pieces, "decoding", transient=True, disable=len(cache) < 5000):
-                cache[piece] = next(outputs)[0].cpu()
-        except (RuntimeError, OSError) as error:
-            self._name_broken(pieces, error)
-            raise
-        return cache
+    def _file(self, row: int) -> np.ndarray:  # [bytes] uint8
+        content = self.files.get(row)
+        if content is None:
+            content = np.fromfile(self.manifest.root / self.manifest.files[row], dtype=np.uint8)
+            if content.nbytes <= self.room_for_files:
+                self.files[row] = content
+                self.room_for_files -= content.nbytes
+        return content
 
     def _name_broken(self, pieces: list[np.ndarray], error: Exception) -> None:
         """Raises BadInput that names the unreadable files of the pieces; returns if all of them can be read."""
@@ -206,7 +257,7 @@ class Loader:
     def _broken(self, piece: np.ndarray) -> Iterator[tuple[int, str]]:
         """Rows and why. DALI says that it failed, not of which file: halve until it is one."""
         try:
-            list(self._outputs([piece], self._encoded))
+            list(self._outputs([piece]))
         except (RuntimeError, OSError) as error:
             if len(piece) > 1:
                 yield from self._broken(piece[: len(piece) // 2])
@@ -259,8 +310,8 @@ def _padded(images, config: ViewsConfig):
 
 
 def _graph(loader: Loader, views: tuple[str, ...]) -> bytes:
-    """From batches of `images` to views; from encoded images to padded ones without views. As DALI serialises it:
-    a pipeline is then made in a millisecond, where building RandAugment's graph takes half a second.
+    """From batches of `images`, decoded or not, to views; without views, to what is kept of them. It is as DALI
+    serialises it: a pipeline is made of that in a millisecond, where building RandAugment's graph takes half a second.
     """
     from nvidia.dali import fn, pipeline_def, types
 
@@ -280,7 +331,8 @@ def _graph(loader: Loader, views: tuple[str, ...]) -> bytes:
     def clean(images):
         if config.crop == "resized":
             images = fn.resize(images, resize_shorter=round(size / WHOLE_CROP))
-        return normalise(images)
+            return normalise(images)
+        return fn.crop(images, crop=[size, size])  # uint8: `_normalise` does the rest, as for images that are kept
 
     def cropped(images):
         if config.crop == "resized":
@@ -327,12 +379,13 @@ def _graph(loader: Loader, views: tuple[str, ...]) -> bytes:
         enable_conditionals=True,  # RandAugment chooses an operation by sample
     )
     def pipeline():
-        if loader.cache is not None:
-            images = fn.external_source(name="images", layout="HWC")
+        if loader.images is not None:
+            there = "gpu" if loader.images[0].is_cuda else "cpu"
+            images = fn.external_source(name="images", layout="HWC", device=there)
             images = images.gpu() if on_gpu else images
         else:
             images = _decode(loader, fn.external_source(name="images"))
-            images = _padded(images, config) if config.crop == "pad" or not views else images
+            images = _padded(images, config) if config.crop == "pad" else images
         return tuple(cut[view](images) for view in views) or images
 
     with warnings.catch_warnings(record=True) as said:  # RandAugment calls operators by names that DALI deprecates

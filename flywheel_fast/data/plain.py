@@ -25,12 +25,12 @@ def outputs(
     encoded: bool,
     threads: int,
 ) -> Iterator[list[Tensor]]:
-    """The views of each piece, each [B, 3, H, W] float32, channels last; without views, one [B, H, W, 3] uint8.
+    """The views of each piece, each [B, 3, H, W] float32, channels last; without views images, each [H, W, 3] uint8.
 
-    `read(piece)` gives files' bytes, each [bytes] uint8, if `encoded`, else images [B, H, W, 3] uint8. Raises
+    `read(piece)` gives files' bytes, each [bytes] uint8, if `encoded`, else images, each [H, W, 3] uint8. Raises
     RuntimeError or OSError where a file cannot be read.
     """
-    whole, cut = _transforms(config, padded=config.crop == "pad" or not views)
+    whole, cut = _transforms(config)
 
     def ready(content: np.ndarray) -> Tensor:  # [3, H, W] uint8
         image = decode(content) if encoded else torch.from_numpy(content)
@@ -44,7 +44,7 @@ def outputs(
             if number + 1 < len(pieces):  # decoded meanwhile
                 under_way = pool.map(ready, read(pieces[number + 1]))
             if not views:
-                yield [torch.stack(images).permute(0, 2, 3, 1).contiguous()]
+                yield [image.permute(1, 2, 0) for image in images]
                 continue
             with torch.random.fork_rng(devices=[]):  # the training's own numbers stay as they are
                 torch.manual_seed(seed + number)
@@ -67,12 +67,12 @@ def decode(content: np.ndarray) -> Tensor:
         raise RuntimeError(str(error)) from error
 
 
-def _transforms(config: ViewsConfig, padded: bool) -> tuple[Callable, dict[str, Callable]]:
+def _transforms(config: ViewsConfig) -> tuple[Callable, dict[str, Callable]]:
     """What is done to an image [3, H, W] uint8 once, and then for each view [3, S, S] uint8."""
     from torchvision.transforms import v2
 
     size, whole = config.image_size, []
-    if padded:  # as DALI's: pipelines._padded
+    if config.crop == "pad":  # as DALI's: pipelines._padded
         whole = [v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.Pad(config.pad, padding_mode="reflect")]
     if config.crop == "resized":
         clean = [v2.Resize(round(size / WHOLE_CROP), antialias=True), v2.CenterCrop(size)]

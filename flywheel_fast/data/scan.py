@@ -7,7 +7,13 @@ So every file is decoded once; those that were well are remembered by name, size
 import csv
 import hashlib
 import io
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +29,8 @@ from flywheel_fast.data.views import ViewsConfig
 from flywheel_fast.errors import BadInput, Failure
 
 CHUNK = 1000  # files that a thread asks for at a time
+# How the lines start that libraries write of a file that they cannot decode
+COMPLAINT = re.compile(rb"(\x1b\[[\d;]*m)*\[ *(ERROR|WARN)|TIFF|libpng|Corrupt JPEG|Unsupported marker|\s*$")
 
 
 class BadFile(NamedTuple):
@@ -42,7 +50,7 @@ def broken(
     """The files that DALI refuses on `device`, by row; `present` [n] int64: of these rows only."""
     rows = np.arange(len(manifest)) if present is None else present
     marks = _marks(manifest, rows, threads)
-    loader = Loader(manifest, ViewsConfig(), 1, 0, device, threads, cache_gb=0)
+    loader = Loader(manifest, ViewsConfig(), 1, 0, device, threads)
     path = _remembered_in(manifest.root, loader)
     known = _recall(path)
     new = ~np.isin(marks, known)
@@ -56,11 +64,12 @@ def broken(
         disable=len(mark_of) < cache.WORTH_A_BAR,
     )
     try:
-        for row, problem in looks:
-            if problem:
-                found[row] = BadFile.of(manifest, row, split, problem)
-            else:
-                well.append(mark_of[row])
+        with _decoders_hushed():
+            for row, problem in looks:
+                if problem:
+                    found[row] = BadFile.of(manifest, row, split, problem)
+                else:
+                    well.append(mark_of[row])
     finally:  # what was looked at before an interruption is not looked at again
         if well:
             _remember(path, np.union1d(known, np.array(well, dtype=np.uint64)))
@@ -92,6 +101,27 @@ def write(path: Path, files: list[BadFile]) -> None:
     writer.writerow(BadFile._fields)
     writer.writerows(files)
     write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+@contextmanager
+def _decoders_hushed() -> Iterator[None]:
+    """What DALI's decoders write of broken files to the error stream, without their names, is dropped; what else is
+    written there meanwhile comes at the end."""
+    if sys.stderr is None:  # it is closed
+        yield
+        return
+    sys.stderr.flush()
+    stream = os.dup(2)  # of the process: these libraries know nothing of sys.stderr
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stream, 2)
+            os.close(stream)
+            written.seek(0)
+            os.write(2, b"".join(line for line in written if not COMPLAINT.match(line)))
 
 
 # -- what is remembered ------------------------------------------------------------------------------------------------

@@ -73,8 +73,9 @@ class DataConfig:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     threads: int = 2
     """Threads of the image pipeline."""
-    cache_gb: float = 2.0
-    """Small images stay decoded in memory up to this size in all."""
+    cache_gb: float | None = None
+    """Images stay in memory up to this size: decoded on the GPU, else decoded in host memory, else as files there.
+    null: up to a quarter of the free GPU memory and half of the free host memory; 0: they are read anew each time."""
 
     def __post_init__(self):
         if self.source != "digits" and not self.root:
@@ -90,6 +91,8 @@ class DataConfig:
             raise ValueError(f"data.imbalance must be at least 1, not {self.imbalance}")
         if self.seed < 0:
             raise ValueError(f"data.seed must not be negative, not {self.seed}")
+        if self.cache_gb is not None and self.cache_gb < 0:
+            raise ValueError(f"data.cache_gb must not be negative, not {self.cache_gb}")
         if self.threads < 1:
             raise ValueError(f"data.threads must be at least 1, not {self.threads}")
 

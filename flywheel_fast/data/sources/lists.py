@@ -1,5 +1,6 @@
 """Data sets that are published as images and text files that list them: Tiny-ImageNet, Clothing1M, WebVision."""
 
+import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flywheel_fast.data.manifest import Manifest, first_repeated, leads_out
+from flywheel_fast.data.manifest import Manifest, first_repeated, leads_out, read_table
 from flywheel_fast.data.sources.folders import class_folders
 from flywheel_fast.errors import BadInput
 
@@ -91,19 +92,62 @@ def webvision(root: Path, mini: bool) -> tuple[Manifest, Manifest, Manifest | No
 
 
 def _imagenet(root: Path, wnids: dict[str, int], classes: tuple[str, ...]) -> Manifest | None:
-    """ILSVRC-2012's validation images in the usual class folders, imagenet/val/WNID/*.JPEG; those of `classes`."""
-    base = root / "imagenet" / "val"
-    if not base.is_dir():
+    """ILSVRC-2012's validation images imagenet/val/*.JPEG, in class folders or as they are unpacked; of `classes`."""
+    base = root / "imagenet"
+    if not (base / "val").is_dir():
         return None
-    whole = class_folders(root, "imagenet/val", None)
-    strange = next((wnid for wnid in whole.classes if wnid not in wnids), None)
-    if strange:
-        raise BadInput(f"{base / strange}: is no class of {root / 'info' / 'synsets.txt'}; it must be a WordNet id")
-    labels = np.array([wnids[wnid] for wnid in whole.classes])[whole.labels]
+    if any(entry.is_dir() for entry in os.scandir(base / "val")):
+        whole = class_folders(root, "imagenet/val", None)
+        where, files, of_file = base / "val", whole.files, [whole.classes[label] for label in whole.labels.tolist()]
+    else:
+        where, names, of_file = _imagenet_list(base)
+        files = np.array(_names(where, [f"{name}.JPEG" for name in names], "imagenet/val/"), dtype=object)
+    strange = next((wnid for wnid in of_file if wnid not in wnids), None)
+    if strange is not None:
+        raise BadInput(
+            f"{where}: class {strange!r} is none of {root / 'info' / 'synsets.txt'}; it must be a WordNet id"
+        )
+    labels = np.array([wnids[wnid] for wnid in of_file], dtype=np.int64)
     rows = np.flatnonzero(labels < len(classes))
     if not len(rows):
-        raise BadInput(f"{base}: holds no image of the first {len(classes)} classes; add them, or remove the folder")
-    return Manifest(root, whole.files[rows], labels[rows], classes)
+        raise BadInput(f"{where}: no image is of the first {len(classes)} classes; add them, or remove imagenet/val")
+    return Manifest(root, files[rows], labels[rows], classes)
+
+
+def _imagenet_list(base: Path) -> tuple[Path, list[str], list[str]]:
+    """Where the labels are from, the images' names, and the WordNet id of each: Kaggle's table, or the devkit's lines,
+    whose numbers meta.mat explains."""
+    solution = base / "LOC_val_solution.csv"
+    if solution.is_file():
+        table = read_table(str(solution), solution, required=("ImageId", "PredictionString"), optional=())
+        boxes = table["PredictionString"].to_pylist()  # the id, four numbers, and so on for each box
+        return solution, table["ImageId"].to_pylist(), [box.split(" ")[0] for box in boxes]
+    for folder in (base, base / "ILSVRC2012_devkit_t12" / "data"):
+        truth, meta = folder / "ILSVRC2012_validation_ground_truth.txt", folder / "meta.mat"
+        if not truth.is_file():
+            continue
+        of_number, of_file = _imagenet_numbers(meta), []
+        for number, line in enumerate(_lines(truth)):
+            if line.strip() not in of_number:
+                raise BadInput(f"{truth}: line {number + 1}: {line!r} is no ILSVRC2012_ID of {meta}")
+            of_file.append(of_number[line.strip()])
+        return truth, [f"ILSVRC2012_val_{number + 1:08}" for number in range(len(of_file))], of_file
+    raise BadInput(
+        f"{base / 'val'}: holds no class folders; {base} must then hold LOC_val_solution.csv, or "
+        f"ILSVRC2012_devkit_t12 as it is unpacked"
+    )
+
+
+def _imagenet_numbers(meta: Path) -> dict[str, str]:
+    """WordNet id of each ILSVRC2012_ID."""
+    from scipy.io import loadmat
+
+    try:
+        synsets = np.atleast_1d(loadmat(meta, squeeze_me=True)["synsets"])
+        return {str(int(one["ILSVRC2012_ID"])): str(one["WNID"]) for one in synsets}
+    except Exception as error:  # scipy has many for what is no MATLAB file
+        reason = " ".join(str(error).split())
+        raise BadInput(f"{meta}: is not the devkit's table of synsets ({reason}); unpack the devkit again") from error
 
 
 def tiny_imagenet(root: Path) -> tuple[Manifest, Manifest]:
@@ -186,10 +230,11 @@ def _labelled(path: Path, num_classes: int, form: str) -> tuple[list[str], np.nd
 
 def _names(path: Path, names: list[str], folder: str = "") -> list[str]:
     """`folder` + each name; all are below the root, and none comes twice."""
+    first = 2 if path.suffix == ".csv" else 1  # below the header
     for number, name in enumerate(names):
         if not name or leads_out(name):
-            raise BadInput(f"{path}: line {number + 1}: {name!r} is not a path below the data root")
+            raise BadInput(f"{path}: line {number + first}: {name!r} is not a path below the data root")
     again = first_repeated(names)
     if again is not None:
-        raise BadInput(f"{path}: line {again + 1} names {names[again]!r} again; keep one line a file")
+        raise BadInput(f"{path}: line {again + first} names {names[again]!r} again; keep one line a file")
     return [folder + name for name in names] if folder else names
