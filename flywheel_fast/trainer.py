@@ -45,7 +45,7 @@ COLUMNS = (
 NOTABLE_WAITING = 0.05  # share of a run's time
 # Between a run and its resumption; moved data are recognised by their files and labels.
 MAY_CHANGE = {"name", "log", "eval_every", "optim.epochs"}
-MAY_CHANGE |= {"data.root", "data.noise.file", "data.reviews", "data.threads", "data.cache_gb"}
+MAY_CHANGE |= {"data.root", "data.images", "data.noise.file", "data.reviews", "data.threads", "data.cache_gb"}
 
 
 @dataclass(frozen=True)
