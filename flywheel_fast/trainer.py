@@ -31,6 +31,7 @@ MEASURES = (
         "classes_alive",
         "agreement",
         "selection_ap",
+        "selection_acc",
         "posterior_acc",
         "imagenet_acc_main",
         "imagenet_acc_aux",
@@ -277,6 +278,7 @@ class Trainer:
         found = {
             "selection_auroc": auroc,
             "selection_ap": average_precision,
+            "selection_acc": float(np.mean((clean_prob >= 0.5) == (self.train_set.labels == true))),
             "refurbish_acc": float(np.mean(state.resampled_label.cpu().numpy() == true)),
             "posterior_acc": float(np.mean(state.suggested_label.cpu().numpy() == true)),
         }
