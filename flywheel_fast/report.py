@@ -1,6 +1,7 @@
 """One page that says what a run found, or how several compare: it opens from disk and asks nothing of the network."""
 
 import base64
+import csv
 import hashlib
 import json
 import os
@@ -18,7 +19,9 @@ from flywheel_fast import charts, plots
 from flywheel_fast import config as configs
 from flywheel_fast.audit import FALSE_ALARMS, Labels, read_labels, summary
 from flywheel_fast.checkpoint import write_atomic
-from flywheel_fast.errors import BadInput
+from flywheel_fast.embedding import Embedding, of_run
+from flywheel_fast.errors import BadInput, Failure
+from flywheel_fast.run_folder import BAD_FILES
 
 MARK = '<meta name="generator" content="flywheel-fast report">'  # a file without it is not replaced
 SIDE, PICTURES, PICTURE_BYTES = 96, 480, 3_000_000  # pixels of a thumbnail; the most of them, and of their bytes
@@ -28,6 +31,7 @@ REVIEWED = {  # what may change by a review, and its column
     "wrong labels told from right (AUROC)": "selection_auroc",
     "labels right after refurbishing": "refurbish_acc",
 }
+LABELLING = {"rightly taken for clean or wrong": "selection_acc", "right after refurbishing": "refurbish_acc"}
 CELLS = 20  # up to so many classes the corruption matrix is a table, above it a picture
 
 
@@ -42,6 +46,8 @@ class Run:
     result: dict
     metrics: dict[str, np.ndarray]  # column -> [epochs] float64, nan where unknown
     labels: Labels | None  # None for plain cross-entropy
+    embedding: Embedding | str  # of the test images, or why there is none
+    bad_files: list[dict[str, str]]  # that were left out: file_name, problem
 
 
 def write(folders: list[Path], out: Path | None = None, images: Path | None = None) -> Path:
@@ -89,7 +95,23 @@ def _read(folder: Path, name: str, images: Path | None) -> Run:
     labels = read_labels(folder / "labels") if (folder / "labels").is_dir() else None
     if labels and images:
         labels = replace(labels, root=images)
-    return Run(folder, name, config, versions, result, plots.read_metrics(folder / "metrics.csv"), labels)
+    metrics = plots.read_metrics(folder / "metrics.csv")
+    return Run(folder, name, config, versions, result, metrics, labels, _embedding(folder, images), _bad_files(folder))
+
+
+def _embedding(folder: Path, images: Path | None) -> Embedding | str:
+    try:
+        return of_run(folder, images)
+    except (BadInput, Failure) as error:
+        return str(error)
+
+
+def _bad_files(folder: Path) -> list[dict[str, str]]:
+    path = folder / BAD_FILES
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
 
 
 def _percent(share: float | None, digits: int = 1) -> str:
@@ -108,14 +130,21 @@ def _single(run: Run) -> dict:
             *_lines("Test accuracy", {"auxiliary": "test_acc_aux", "main": "test_acc_main"}, run),
             *_lines("Share of clean labels", {"estimated": "gamma", "true": "true_clean"}, run, needs="gamma"),
             *_lines("Wrong labels told from right", {"AUROC": "selection_auroc", "AP": "selection_ap"}, run),
-            *_lines("Labels after refurbishing", {"truly right": "refurbish_acc"}, run),
+            *_lines("Labels told apart, and refurbished", LABELLING, run),
         ],
+        "planes": _planes([run]),
         "accuracy": run.result.get(f"test_acc_{used}"),
         "merged": run.result["merged"],
         "reviewed": _reviewed(run),
         "differences": {},
         "found": _found(run.labels) if run.labels else None,
     }
+
+
+def _planes(runs: list[Run]) -> list[tuple[str, dict | str]]:
+    """The test images of each run by name, or why there are none."""
+    planes = [(run.name, run.embedding) for run in runs]
+    return [(name, found if isinstance(found, str) else charts.plane(found)) for name, found in planes]
 
 
 def _lines(title: str, curves: dict[str, str], run: Run, needs: str | None = None) -> list[dict]:
@@ -330,8 +359,10 @@ def _comparison(runs: list[Run]) -> dict:
         "charts": [
             *chart("Test accuracy", "test_acc_aux", "test_acc_main"),
             *chart("Wrong labels told from right (AUROC)", "selection_auroc", percent=False),
+            *chart("Labels rightly taken for clean or wrong", "selection_acc"),
             *chart("Labels right after refurbishing", "refurbish_acc"),
         ],
+        "planes": _planes(runs),
         "differences": {key: [_value(config, key) for config in loaded] for key in keys},
         "merged": {},
         "reviewed": None,

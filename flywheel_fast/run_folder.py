@@ -23,6 +23,7 @@ OWN = {
     "labels",
     "plots",
     "report.html",
+    "embedding.npz",
     "README.md",
     "export",
     "tensorboard",

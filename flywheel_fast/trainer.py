@@ -33,6 +33,7 @@ MEASURES = (
         "classes_alive",
         "agreement",
         "selection_ap",
+        "selection_acc",
         "posterior_acc",
         "imagenet_acc_main",
         "imagenet_acc_aux",
@@ -50,7 +51,7 @@ MOST_MERGERS = 3  # said of an epoch
 TOP5_FROM = 50  # classes: whose literature reports both, that of WebVision first of all
 # Between a run and its resumption; moved data are recognised by their files and labels.
 MAY_CHANGE = {"name", "log", "eval_every", "optim.epochs"}
-MAY_CHANGE |= {"data.root", "data.noise.file", "data.reviews", "data.threads", "data.cache_gb"}
+MAY_CHANGE |= {"data.root", "data.images", "data.noise.file", "data.reviews", "data.threads", "data.cache_gb"}
 
 
 @dataclass(frozen=True)
@@ -289,6 +290,7 @@ class Trainer:
         found = {
             "selection_auroc": auroc,
             "selection_ap": average_precision,
+            "selection_acc": float(np.mean((clean_prob >= 0.5) == (self.train_set.labels == true))),
             "refurbish_acc": float(np.mean(state.resampled_label.cpu().numpy() == true)),
             "posterior_acc": float(np.mean(state.suggested_label.cpu().numpy() == true)),
         }
