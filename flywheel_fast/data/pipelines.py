@@ -24,6 +24,7 @@ from flywheel_fast.data.views import WHOLE_CROP, ViewsConfig
 from flywheel_fast.errors import BadInput
 
 TRANSLATION = 150 / 331  # RandAugment's greatest shift, a share of the image's side (Cubuk et al. 2020)
+SWEEP_BATCH = 500  # small images
 DECODE_BATCH = 64  # photographs of 12 megapixels take 2 GB then
 SCAN_BATCH = 16  # DALI 2.x dies of a segmentation fault where many of a larger batch are broken: of 32, eight suffice
 AHEAD = 2  # batches under way in DALI
@@ -92,7 +93,7 @@ class Loader:
 
     def sweep(self) -> Iterator[Batch]:
         """The clean view of every sample of this rank once, in order, in larger batches."""
-        size = 500 if self.views.image_size <= 64 else DECODE_BATCH
+        size = SWEEP_BATCH if self.views.image_size <= 64 else DECODE_BATCH
         return self._batches(self.used[self.rank :: self.world], size, ("clean",), seed=0)
 
     def _batches(self, order: np.ndarray, batch_size: int, views: tuple[str, ...], seed: int) -> Iterator[Batch]:
