@@ -1,8 +1,8 @@
 """The cycle of the method: two interlinked EM cycles on one objective, the four steps top to bottom.
 
 Kim et al., "Learning with Noisy Labels: Interconnection of Two Expectation-Maximizations", arXiv 2401.04390, Figure 2.
-It owns no files and no readers: a loader is anything with `epoch(number, views)` and `sweep()` that yields pairs
-(index [B], views: a tuple of images [B, 3, H, W]).
+It owns no files and no readers: a loader is anything with `epoch(number, views, start)`, `len()` batches of which the
+first `start` are left out, and `sweep()`; both yield pairs (index [B], views: a tuple of images [B, 3, H, W]).
 """
 
 import time
@@ -86,24 +86,31 @@ class Clock:
 
 
 class Cycle:
-    """Main network g, auxiliary network f, and what is known of each sample."""
+    """Main network g, auxiliary network f, what is known of each sample, and how far the epoch under way has come.
+
+    Between two batches, when `on_batch` is called, `state_dict` holds all that is needed to go on from there.
+    """
 
     def __init__(self, config: CycleConfig, main: Learner, aux: Learner | None, state: EMState):
         self.config, self.main, self.aux, self.state = config, main, aux, state
         self.clock = Clock()
-        self.on_images: Callable[[int], None] = lambda count: None  # told how many images each batch had
+        self.on_batch: Callable[[int], None] = lambda images: None  # told how many images a batch had; may raise
+        self.batch = 0  # training batches of the epoch under way that are done; all: the E-steps, from their start
         self.losses: dict[str, list[Tensor]] = {}  # name -> [] of each step of the last epoch
 
     def run(self, loader, epoch: int) -> None:
-        """One epoch: plain cross-entropy, warm-up, or the M-steps; once the warm-up has ended, the E-steps follow."""
-        self.losses = {}
+        """One epoch: plain cross-entropy, warm-up, or the M-steps; once the warm-up has ended, the E-steps follow.
+        An epoch that was cut off goes on after `batch`."""
+        if not self.batch:
+            self.losses = {}
+            self.clock.seconds.clear()
         if self.config.kind == "cross_entropy":
             self.main_alone(loader, epoch)
-            return
-        if epoch < self.config.warmup:
+        elif epoch < self.config.warmup:
             self.warm_up(loader, epoch)
         else:
-            self.recall(loader)
+            if self.batch < len(loader):
+                self.recall(loader)
             self.msteps(loader, epoch)
         if self.expecting(epoch):
             if self.finding_noise(epoch):
@@ -111,6 +118,7 @@ class Cycle:
                 with self.clock("em"):
                     self.state.find_noise(self.config.posterior)
             self.esteps(loader)
+        self.batch = 0
 
     def expecting(self, epoch: int) -> bool:
         """Whether this epoch ends with the E-steps."""
@@ -130,13 +138,13 @@ class Cycle:
         return looks * swept + views * drawn
 
     def main_alone(self, loader, epoch: int) -> None:
-        for index, (weak,) in self._batches(loader.epoch(2 * epoch, ("weak",))):
+        for index, (weak,) in self._training(loader, epoch, ("weak",)):
             with self.clock("train"):
                 self._step("main", self.main, F.cross_entropy(self.main.forward(weak), self.state.labels[index]))
 
     def warm_up(self, loader, epoch: int) -> None:
         """Both networks learn the observed labels."""
-        for index, (weak, strong) in self._batches(loader.epoch(2 * epoch, ("weak", "strong"))):
+        for index, (weak, strong) in self._training(loader, epoch, ("weak", "strong")):
             labels = self.state.labels[index]
             with self.clock("train"):
                 self._step("main", self.main, F.cross_entropy(self.main.forward(weak), labels))
@@ -147,7 +155,7 @@ class Cycle:
         """Steps 3 and 4: f learns q on a weak and a strong view, g its target under the confidence regulariser."""
         config, contrastive = self.config, self.config.contrastive > 0
         views = ("weak", "strong") + ("strong2",) * contrastive
-        for index, augmented in self._batches(loader.epoch(2 * epoch, views)):
+        for index, augmented in self._training(loader, epoch, views):
             with self.clock("train"):
                 output = self.aux.forward(torch.cat(augmented), project=contrastive)
                 logits, embeddings = output if contrastive else (output, None)
@@ -168,16 +176,22 @@ class Cycle:
         expectation.finish(self.config.aligned, self.config.smoothing if self.config.noise_model == "em" else None)
 
     def recall(self, loader) -> None:
-        """The teacher's logits, which a checkpoint does not hold."""
+        """The teacher's logits, which a checkpoint does not hold: as the last look found them."""
         if self.state.teacher is None:
-            self.look(loader)
+            self._sweep(loader)
 
     def look(self, loader, use: Callable[[Tensor, Tensor, Tensor], None] | None = None) -> None:
         """Both networks on the clean view of every sample: the teacher's logits are kept; `use` is given the samples
         [B], the main network's and the teacher's logits [B, C]."""
+        self.main.look()
+        self.aux.look()
+        self._sweep(loader, use)
+
+    def _sweep(self, loader, use: Callable[[Tensor, Tensor, Tensor], None] | None = None) -> None:
         for index, (clean,) in self._batches(loader.sweep()):
             with self.clock("infer"):
-                main, aux = self.main.predict(clean), self.aux.predict(clean)
+                main = self.main.predict(clean, self.main.looked)
+                aux = self.aux.predict(clean, self.aux.looked)
             with self.clock("em"):
                 teacher = self.state.teach(index, main, aux, self.config.teacher == "both")
                 self.state.agree[index] = main.argmax(dim=1) == aux.argmax(dim=1)
@@ -193,17 +207,29 @@ class Cycle:
 
     def state_dict(self) -> dict:
         learners = {name: learner.state_dict() for name, learner in self.learners().items()}
-        return learners | {"state": self.state.state_dict()}
+        losses = {name: torch.stack(steps) for name, steps in self.losses.items()}
+        under_way = {"batch": self.batch, "losses": losses, "seconds": dict(self.clock.seconds)}
+        return learners | {"state": self.state.state_dict()} | under_way
 
     def load_state_dict(self, saved: dict) -> None:
         for name, learner in self.learners().items():
             learner.load_state_dict(saved[name])
         self.state.load_state_dict(saved["state"])
+        self.batch = saved["batch"]
+        self.losses = {name: list(steps.to(self.state.labels.device)) for name, steps in saved["losses"].items()}
+        self.clock.seconds.update(saved["seconds"])
+
+    def _training(self, loader, epoch: int, views: tuple[str, ...]) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """The epoch's batches that are not done yet."""
+        for index, images in self.clock.waiting(loader.epoch(2 * epoch, views, self.batch)):
+            yield index, images
+            self.batch += 1
+            self.on_batch(len(index) * len(images))
 
     def _batches(self, batches: Iterable) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
         for index, views in self.clock.waiting(batches):
             yield index, views
-            self.on_images(len(index) * len(views))
+            self.on_batch(len(index) * len(views))
 
     def _step(self, name: str, learner: Learner, loss: Tensor) -> None:
         learner.step(loss)

@@ -1,6 +1,7 @@
 """A network being trained: its optimiser, its schedule, and the moving average that E-steps and inference use."""
 
 import contextlib
+import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -62,6 +63,7 @@ class Learner:
         self.network = network.to(device, memory_format=torch.channels_last)
         self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
         self.ema.eval()
+        self.looked: nn.Module | None = None  # the averages as they were at the last look at all samples
         nesterov = config.momentum > 0
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=nesterov
@@ -84,6 +86,12 @@ class Learner:
         with self.autocast():
             return (network or self.ema)(images.contiguous(memory_format=torch.channels_last))
 
+    def look(self) -> None:
+        """Keeps the averages as they are, so that what they say of the samples can be found again while they go on."""
+        if self.looked is None:
+            self.looked = copy.deepcopy(self.ema)
+        self.looked.load_state_dict(self.ema.state_dict())
+
     def step(self, loss: Tensor) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.steps / self.total_steps)
@@ -97,6 +105,7 @@ class Learner:
         return {
             "network": self.network.state_dict(),
             "ema": self.ema.state_dict(),
+            "looked": self.looked.state_dict() if self.looked else None,
             "optimizer": self.optimizer.state_dict(),
             "steps": self.steps,
         }
@@ -104,6 +113,9 @@ class Learner:
     def load_state_dict(self, state: dict) -> None:
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])
+        if state["looked"]:
+            self.look()
+            self.looked.load_state_dict(state["looked"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
 

@@ -4,7 +4,7 @@ import itertools
 import shutil
 from pathlib import Path
 
-from flywheel_fast.checkpoint import PART
+from flywheel_fast.checkpoint import PART, previous
 from flywheel_fast.errors import BadInput
 
 CHECKPOINT = Path("weights", "last.pt")
@@ -31,7 +31,7 @@ OWN = {
 
 
 def resumable(folder: Path) -> bool:
-    return (folder / CHECKPOINT).is_file()
+    return (folder / CHECKPOINT).is_file() or previous(folder / CHECKPOINT).is_file()
 
 
 def to_resume(resume: str, out: str | None, name: str) -> Path | None:

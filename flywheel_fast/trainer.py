@@ -10,38 +10,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save as to_safetensors
-from torch import Tensor
 
-from flywheel_fast import audit, card, checkpoint, env, models, ops, plots, run_folder, sinks
+from flywheel_fast import audit, card, checkpoint, env, measures, models, ops, plots, run_folder, sinks
 from flywheel_fast import config as configs
 from flywheel_fast.cycle import Cycle, CycleConfig
 from flywheel_fast.data import noise, reviews, scan, sources
-from flywheel_fast.data.manifest import DROPPED, Manifest
+from flywheel_fast.data.manifest import Manifest
 from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.data.views import ViewsConfig
 from flywheel_fast.em import EMState
-from flywheel_fast.errors import BadInput, Failure
+from flywheel_fast.errors import BadInput, Failure, Stopped
 from flywheel_fast.learner import Learner, OptimConfig
+from flywheel_fast.pauses import Pauses
 from flywheel_fast.screen import Screen
 
-PHASES = ("data", "infer", "train", "em", "eval", "save")
-MEASURES = (
-    *("test_acc_main", "test_acc_aux", "gamma", "true_clean", "selection_auroc", "refurbish_acc"),
-    *(
-        "classes_alive",
-        "agreement",
-        "selection_ap",
-        "posterior_acc",
-        "imagenet_acc_main",
-        "imagenet_acc_aux",
-        "reviewed",
-    ),
-)
-COLUMNS = (
-    *("cycle", *MEASURES, "loss_main", "loss_aux", "lr"),
-    *(f"sec_{phase}" for phase in PHASES),
-    "waiting",
-)
 NOTABLE_WAITING = 0.05  # share of a run's time
 # Between a run and its resumption; moved data are recognised by their files and labels.
 MAY_CHANGE = {"name", "log", "eval_every", "optim.epochs"}
@@ -74,10 +56,11 @@ class Config:
 
 
 class Trainer:
-    """Everything of one run in the folder `out`; `resume` restores its last checkpoint."""
+    """Everything of one run in the folder `out`; `resume` restores its last checkpoint, and `pauses` says between two
+    batches whether to write one, or to stop."""
 
-    def __init__(self, config: Config, out: Path, resume: bool = False):
-        self.out, self.screen = out, Screen(out / run_folder.LOG)
+    def __init__(self, config: Config, out: Path, resume: bool = False, pauses: Pauses | None = None):
+        self.out, self.screen, self.pauses = out, Screen(out / run_folder.LOG), pauses or Pauses()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.config = config
         data = sources.load(config.data)
@@ -86,12 +69,13 @@ class Trainer:
         self.test_sets = {name: self._readable(part, name) for name, part in data.splits().items()}
         self.train_set = self.test_sets.pop("train")
         self.reviews = reviews.summary(Path(config.data.reviews)) if config.data.reviews else None
-        saved = checkpoint.load(out / run_folder.CHECKPOINT) if resume else None
+        saved = checkpoint.load_last(out / run_folder.CHECKPOINT, self.screen.warn) if resume else None
         if saved:
             self.config = self._with_time_for_reviews(config, saved)
         self.loader = self._loader(self.train_set, config.optim.balanced_batches)
-        self.test_loaders = {name: self._loader(part) for name, part in self.test_sets.items()}
+        test_loaders = {name: self._loader(part) for name, part in self.test_sets.items()}
         self.cycle = self._assemble()
+        self.measures = measures.Measures(self.cycle, self.train_set, self.test_sets, test_loaders)
         self.history: list[dict] = []  # a row an epoch, as in metrics.csv
         self.warned: set[str] = set()
         if saved:
@@ -102,16 +86,20 @@ class Trainer:
         self.sinks = sinks.open_all(config.log, out, config.name, settings, len(self.history))
 
     def run(self) -> None:
+        """Raises Stopped where `pauses` want it, after a checkpoint."""
         config, cycle, loader = self.config, self.cycle, self.loader
         self._open()
         images = [cycle.images(epoch, len(self.train_set), loader.drawn) for epoch in range(config.optim.epochs)]
-        done = len(self.history)
-        with self.screen.progress(sum(images), sum(images[:done])) as cycle.on_images:
-            for epoch in range(done, config.optim.epochs):
-                cycle.clock.seconds.clear()
+        done, epochs = len(self.history), config.optim.epochs
+        under_way = cycle.images(done, 0, cycle.batch * config.optim.batch_size)
+        with self.screen.progress(sum(images), sum(images[:done]) + under_way) as advance:
+            cycle.on_batch = lambda images: (advance(images), self._pause())
+            for epoch in range(done, epochs):
                 cycle.run(loader, epoch)
-                self.history.append(self._measure(epoch))
-                self._save()
+                look = epoch + 1 == epochs or (epoch + 1) % config.eval_every == 0
+                self.history.append(self.measures.of(epoch, look))
+                self._refuse_broken(self.history[-1])
+                self._save_epoch()
                 for sink in self.sinks:
                     sink.write(epoch + 1, self.history[-1])
                 self._say_epoch()
@@ -223,83 +211,29 @@ class Trainer:
             self.screen.say(f"{config.data.noise.kind} noise, saved as noise.npz, sha256 {digest}")
             self.screen.say("\n".join(noise.describe(counts, train_set.classes)))
         if train_set.reviewed is not None:
-            pinned, dropped = self._reviewed()
+            pinned, dropped = self.measures.reviewed()
             self.screen.say(f"{config.data.reviews}: {pinned:,} labels are pinned, {dropped:,} images dropped")
         if why_not := ops.why_not_native(self.device):
             self.screen.say(f"native ops {why_not}. The E-step runs on the PyTorch reference")
-        if self.history:
-            self.screen.say(f"going on after epoch {len(self.history)} of {config.optim.epochs}")
+        if self.history or self.cycle.batch:
+            self.screen.say(f"going on after {self._place()}")
+            self._write_metrics()  # may have had a row more than the checkpoint, or less
 
-    # -- each epoch ----------------------------------------------------------------------------------------------------
+    # -- each batch ----------------------------------------------------------------------------------------------------
 
-    def _measure(self, epoch: int) -> dict:
-        cycle, last = self.cycle, epoch + 1 == self.config.optim.epochs
-        row: dict = {"cycle": epoch + 1, "lr": cycle.main.optimizer.param_groups[0]["lr"]}
-        row |= {f"loss_{name}": torch.stack(steps).mean().item() for name, steps in cycle.losses.items()}
-        broken = [name for name in row if not np.isfinite(row[name])]
-        if broken:
-            kept = f"the state after epoch {epoch} is kept in {self.out}" if epoch else "nothing was saved yet"
-            raise Failure(
-                f"{broken[0]} became {row[broken[0]]} in epoch {epoch + 1}; {kept}: start anew with a lower optim.lr "
-                f"(it is {self.config.optim.lr})"
-            )
-        with cycle.clock("eval"):
-            if last or (epoch + 1) % self.config.eval_every == 0:
-                for name in self.test_sets:
-                    row |= self._accuracy(name)
-            true = self.train_set.true_labels
-            if self.train_set.reviewed is not None:
-                row["reviewed"] = sum(self._reviewed())
-            if true is not None:
-                row["true_clean"] = float(np.mean(true == self.train_set.labels))
-            if cycle.expecting(epoch):
-                alive = cycle.state.num_classes - len(cycle.state.merged_classes())
-                gamma = self._given_clean_prob().mean(dtype=torch.float64).item()  # of all, decided ones too
-                row |= {"gamma": gamma, "classes_alive": alive, "agreement": cycle.state.agreement}
-                if true is not None:
-                    row |= self._quality(true)
-        return row
+    def _pause(self) -> None:
+        if self.pauses.stop():
+            self._save()
+            raise Stopped(f"stopped after {self._place()}, which is saved; `--resume {self.out}` goes on from there")
+        if self.pauses.due(self.cycle.main.steps):
+            self._save()
 
-    def _accuracy(self, test: str) -> dict:
-        """Share of the images of a test set that the averaged networks get right."""
-        labels = torch.as_tensor(self.test_sets[test].labels, device=self.device)
-        learners = self.cycle.learners()
-        right: dict[str, list[torch.Tensor]] = {name: [] for name in learners}
-        for index, (clean,) in self.test_loaders[test].sweep():
-            for name, learner in learners.items():
-                right[name].append(learner.predict(clean).argmax(dim=1) == labels[index])
-        return {f"{test}_acc_{name}": torch.cat(hits).double().mean().item() for name, hits in right.items()}
-
-    def _quality(self, true: np.ndarray) -> dict:
-        state = self.cycle.state
-        clean_prob = self._given_clean_prob().cpu().numpy()
-        auroc, average_precision = audit.selection_quality(clean_prob, self.train_set.labels, true)
-        found = {
-            "selection_auroc": auroc,
-            "selection_ap": average_precision,
-            "refurbish_acc": float(np.mean(state.resampled_label.cpu().numpy() == true)),
-            "posterior_acc": float(np.mean(state.suggested_label.cpu().numpy() == true)),
-        }
-        return {name: value for name, value in found.items() if not np.isnan(value)}  # all labels right, or all wrong
-
-    def _given_clean_prob(self) -> Tensor:  # [N] float32
-        """Probability that the given label is right; 0 where a review says another."""
-        state, reviewed = self.cycle.state, self.train_set.reviewed
-        if reviewed is None:
-            return state.clean_prob
-        given = torch.as_tensor(self.train_set.labels, device=self.device)
-        return torch.where(state.labels == given, state.clean_prob, 0)
-
-    def _reviewed(self) -> tuple[int, int]:
-        """Labels pinned and images dropped."""
-        reviewed = self.train_set.reviewed
-        return int(np.count_nonzero(reviewed >= 0)), int(np.count_nonzero(reviewed == DROPPED))
+    def _place(self) -> str:
+        place = f"epoch {len(self.history)} of {self.config.optim.epochs}"
+        return place + (f" and {self.cycle.batch} of {len(self.loader)} batches" if self.cycle.batch else "")
 
     def _save(self) -> None:
-        start = time.perf_counter()
-        row = self.history[-1]
-        row |= {f"sec_{phase}": round(self.cycle.clock.seconds[phase], 4) for phase in PHASES[:-1]}
-        row["waiting"] = round(_waiting([row]), 4)
+        """All that the run has come to: with the config and the data, what is needed to go on."""
         state = {
             "config": configs.as_dict(self.config),
             "labels": self.train_set.digest,
@@ -310,9 +244,32 @@ class Trainer:
             "history": self.history,
         }
         checkpoint.save(self.out / run_folder.CHECKPOINT, state)
+        self.pauses.saved(self.cycle.main.steps)
+
+    # -- each epoch ----------------------------------------------------------------------------------------------------
+
+    def _refuse_broken(self, row: dict) -> None:
+        broken = [name for name in row if not np.isfinite(row[name])]
+        if broken:
+            kept = f"the state after epoch {row['cycle'] - 1} is kept in {self.out}"
+            raise Failure(
+                f"{broken[0]} became {row[broken[0]]} in epoch {row['cycle']}; "
+                f"{kept if row['cycle'] > 1 else 'nothing was saved yet'}: start anew with a lower optim.lr "
+                f"(it is {self.config.optim.lr})"
+            )
+
+    def _save_epoch(self) -> None:
+        start = time.perf_counter()
+        row = self.history[-1]
+        row |= {f"sec_{phase}": round(self.cycle.clock.seconds[phase], 4) for phase in measures.PHASES[:-1]}
+        row["waiting"] = round(measures.waiting([row]), 4)
+        self._save()
         row["sec_save"] = round(time.perf_counter() - start, 4)
+        self._write_metrics()
+
+    def _write_metrics(self) -> None:
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, restval="")
+        writer = csv.DictWriter(text, measures.COLUMNS, restval="")
         writer.writeheader()
         writer.writerows(self.history)
         checkpoint.write_atomic(self.out / "metrics.csv", text.getvalue().encode())
@@ -322,7 +279,7 @@ class Trainer:
         parts = [f"epoch {row['cycle']:>3}/{epochs}"]
         shown = ("test_acc_main", "test_acc_aux", "gamma", "true_clean", "selection_auroc", "refurbish_acc")
         parts += [f"{name} {row[name]:.3f}" for name in shown if name in row]
-        self.screen.say("  ".join(parts) + f"  {_seconds(row):.1f} s")
+        self.screen.say("  ".join(parts) + f"  {measures.seconds(row):.1f} s")
         ailments = self._ailments()
         for name in ailments.keys() - self.warned:
             self.screen.warn(ailments[name])
@@ -363,7 +320,7 @@ class Trainer:
             classes=train_set.classes,
             given=train_set.labels,
             true=train_set.true_labels,
-            clean_prob=self._given_clean_prob().cpu().numpy(),
+            clean_prob=self.measures.given_clean_prob().cpu().numpy(),
             suggested=state.suggested_label.cpu().numpy(),
             suggested_prob=state.suggested_prob.cpu().numpy(),
             entropy=state.entropy(self.config.cycle.posterior).cpu().numpy(),
@@ -375,8 +332,10 @@ class Trainer:
 
     def _record(self) -> dict:
         """For result.json: what tables of runs are made of."""
-        last = {name: self.history[-1][name] for name in MEASURES if name in self.history[-1]}
-        looks = {name: [row[name] for row in self.history if name in row] for name in MEASURES if "_acc_" in name}
+        last = {name: self.history[-1][name] for name in measures.MEASURES if name in self.history[-1]}
+        looks = {
+            name: [row[name] for row in self.history if name in row] for name in measures.MEASURES if "_acc_" in name
+        }
         names = self.train_set.classes
         return {
             **last,
@@ -384,7 +343,7 @@ class Trainer:
             "images": len(self.train_set.labels),
             "bad_files": len(self.bad_files),
             "epochs": len(self.history),
-            "seconds": round(sum(_seconds(row) for row in self.history), 1),
+            "seconds": round(sum(measures.seconds(row) for row in self.history), 1),
             "noise_sha256": noise.digest(self.noisy_labels),
             "merged": {names[gone]: names[into] for gone, into in self.cycle.state.merged_classes()},
             **({"reviews": self.reviews} if self.reviews else {}),
@@ -412,20 +371,10 @@ class Trainer:
         if self.bad_files:
             count = f"{len(self.bad_files):,} broken files: {self.out / run_folder.BAD_FILES}"
             rows.append(("left out", count))
-        if (waiting := _waiting(self.history)) > NOTABLE_WAITING:
+        if (waiting := measures.waiting(self.history)) > NOTABLE_WAITING:
             cure = "more data.threads, or a larger data.cache_gb, may help"
             rows.append(("waiting", f"{waiting:.0%} of the time passed waiting for images: {cure}"))
-        seconds = sum(_seconds(row) for row in self.history)
+        seconds = sum(measures.seconds(row) for row in self.history)
         rows.append(("network", f"{self.out / 'weights' / 'model.safetensors'} ({used})"))
         rows.append(("time", f"{seconds:.0f} s for {len(self.history)} epochs of {n:,} images"))
         return rows
-
-
-def _seconds(row: dict) -> float:
-    """Of all phases of an epoch."""
-    return sum(row.get(f"sec_{phase}", 0) for phase in PHASES)
-
-
-def _waiting(rows: list[dict]) -> float:
-    """Share of these epochs' time that passed waiting for images."""
-    return sum(row["sec_data"] for row in rows) / max(sum(_seconds(row) for row in rows), 1e-9)

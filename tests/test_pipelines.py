@@ -8,6 +8,7 @@ import torch
 from conftest import write_image
 from PIL import Image
 
+from flywheel_fast.data import pipelines
 from flywheel_fast.data.manifest import Manifest
 from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.data.sources import DataConfig, load
@@ -59,6 +60,22 @@ def test_the_same_epoch_gives_the_same_bytes_whatever_was_drawn_before(manifest,
     (_, first), (_, second) = next(iter(fresh.epoch(3, views))), next(iter(fresh.epoch(4, views)))
     assert not torch.equal(first[0], second[0])
     assert not torch.equal(first[1], first[2])
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("reader", ["DALI", "torchvision"])
+def test_an_epoch_entered_in_the_middle_goes_on_with_the_same_bytes(manifest, kind, reader, monkeypatch):
+    monkeypatch.setattr(pipelines, "CHUNK", 2)
+    one = loader(manifest, kind)
+    one.reader = reader
+    whole = list(one.epoch(3))
+    assert len(whole) == len(one) == 5
+    for start in range(6):
+        rest = list(one.epoch(3, start=start))
+        assert len(rest) == 5 - start
+        for (index, views), (same_index, same_views) in zip(rest, whole[start:], strict=True):
+            assert torch.equal(index, same_index) and all(map(torch.equal, views, same_views))
+    assert not torch.equal(whole[0].views[1], whole[2].views[1])
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

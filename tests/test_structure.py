@@ -16,10 +16,10 @@ FLOORS = [  # a module may import from floors below its own, and from the rooms 
     {"data.sources.folders", "data.sources.tables", "data.sources.lists", "data.sources.arrays"}
     | {"data.sources.shards", "data.sources.cache", "data.plain"},
     {"data.sources.__init__", "data.fixtures"},
-    {"cycle", "data.pipelines", "checkpoint", "run_folder", "screen", "sinks"},
+    {"cycle", "data.pipelines", "checkpoint", "run_folder", "screen", "sinks", "pauses"},
     {"data.scan"},
     {"audit", "doctor", "data.check"},
-    {"plots", "charts", "labels", "card"},
+    {"plots", "charts", "labels", "card", "measures"},
     {"report", "review", "trainer"},
     {"predict"},
     {"export", "api"},

@@ -1,8 +1,8 @@
 """NVIDIA DALI decodes each image once and cuts its views; index and views come out, never targets.
 
-The only importer of nvidia.dali; where that is not installed, `plain` does its work. A graph is described once; the
-pipeline made of it lives for one epoch: its seed is a function of (seed, epoch, rank), its order comes from
-`order.epoch_order`, so the same epoch gives the same bytes whatever was drawn before.
+The only importer of nvidia.dali; where that is not installed, `plain` does its work. A graph is described once; a
+pipeline made of it lives for CHUNK batches: its seed is a function of (seed, epoch, rank, chunk), its order comes from
+`order.epoch_order`, so a batch has the same bytes whatever was drawn before, and wherever its epoch is entered.
 """
 
 import io
@@ -26,6 +26,7 @@ TRANSLATION = 150 / 331  # RandAugment's greatest shift, a share of the image's 
 SWEEP_BATCH = 500
 SCAN_BATCH = 16  # DALI 2.x dies of a segmentation fault where many of a larger batch are broken: of 32, eight suffice
 AHEAD = 2  # batches under way in DALI
+CHUNK = 256  # batches; an epoch that is entered in the middle draws the earlier ones of its chunk again
 MOST_BROKEN = 100  # files looked for, once one is found
 
 
@@ -77,29 +78,37 @@ class Loader:
             return self.balanced_batches * self.batch_size
         return len(self.used[self.rank :: self.world])
 
-    def epoch(self, epoch: int, views: tuple[str, ...] = ("weak", "strong")) -> Iterator[Batch]:
-        """Every sample of this rank once, shuffled, the last batch may be short; or the class-balanced batches."""
+    def epoch(self, epoch: int, views: tuple[str, ...] = ("weak", "strong"), start: int = 0) -> Iterator[Batch]:
+        """Every sample of this rank once, shuffled, the last batch may be short; or the class-balanced batches. The
+        first `start` batches are left out."""
         if self.balanced_batches:
             labels, size = self.manifest.labels[self.used], self.drawn * self.world
             order = balanced_order(labels, size, self.seed, epoch, self.rank, self.world)
         else:
             order = epoch_order(len(self.used), self.seed, epoch, self.rank, self.world)
-        seed = int(np.random.SeedSequence((self.seed, epoch, self.rank)).generate_state(1)[0]) & 0x7FFFFFFF
-        return self._batches(self.used[order], self.batch_size, views, seed)
+        return self._batches(self.used[order], self.batch_size, views, epoch, start)
 
     def sweep(self) -> Iterator[Batch]:
         """The clean view of every sample of this rank once, in order, in larger batches."""
-        return self._batches(self.used[self.rank :: self.world], SWEEP_BATCH, ("clean",), seed=0)
+        return self._batches(self.used[self.rank :: self.world], SWEEP_BATCH, ("clean",))
 
-    def _batches(self, order: np.ndarray, batch_size: int, views: tuple[str, ...], seed: int) -> Iterator[Batch]:
+    def _batches(
+        self, order: np.ndarray, batch_size: int, views: tuple[str, ...], epoch: int = 0, start: int = 0
+    ) -> Iterator[Batch]:
         pieces = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
         drawn = tuple(view for view in views if view != "clean" or self.cache is None)  # by DALI
-        outputs = self._run(pieces, drawn, seed) if drawn else ([] for _ in pieces)
-        for piece, images in zip(pieces, outputs, strict=True):
-            by_name = dict(zip(drawn, images, strict=True))
-            if "clean" in views and self.cache is not None:
-                by_name["clean"] = self._normalise(self.cache[piece])
-            yield Batch(torch.from_numpy(piece).to(self.device), tuple(by_name[view] for view in views))
+        for chunk in range(start // CHUNK, -(-len(pieces) // CHUNK)):
+            seed = int(np.random.SeedSequence((self.seed, epoch, self.rank, chunk)).generate_state(1)[0]) & 0x7FFFFFFF
+            first = chunk * CHUNK
+            together = pieces[first : first + CHUNK]
+            outputs = self._run(together, drawn, seed) if drawn else ([] for _ in together)
+            for number, (piece, images) in enumerate(zip(together, outputs, strict=True), first):
+                if number < start:
+                    continue
+                by_name = dict(zip(drawn, images, strict=True))
+                if "clean" in views and self.cache is not None:
+                    by_name["clean"] = self._normalise(self.cache[piece])
+                yield Batch(torch.from_numpy(piece).to(self.device), tuple(by_name[view] for view in views))
 
     def _normalise(self, images: np.ndarray) -> Tensor:
         """[B, H + 2 pad, W + 2 pad, 3] uint8 -> the clean view [B, 3, H, W] float32 on the device."""
