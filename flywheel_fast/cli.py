@@ -183,6 +183,7 @@ def _config_and_changes(words: list[str], default: str | None = "digits") -> tup
 
 def _train(args: argparse.Namespace) -> None:
     from flywheel_fast import config, run_folder
+    from flywheel_fast.distributed import Group
     from flywheel_fast.pauses import Pauses
     from flywheel_fast.trainer import Config, Trainer
 
@@ -194,17 +195,29 @@ def _train(args: argparse.Namespace) -> None:
     if at_path and name is None:
         name = str(run_folder.to_resume(args.resume, args.out, "") / "config.yaml")
     cfg = config.load(Config, name, changes)
-    folder = run_folder.to_resume(args.resume, args.out, cfg.name) if args.resume else None
-    out = folder or run_folder.create(args.out, cfg.name, args.overwrite, resuming=args.resume == "auto")
+
+    def folder() -> tuple[Path, bool]:
+        """And whether to go on with what is in it."""
+        if group.restarted and not at_path:  # with the words that began the run
+            args.resume, args.overwrite, args.out = "auto", False, args.out or str(run_folder.newest(cfg.name))
+        found = run_folder.to_resume(args.resume, args.out, cfg.name) if args.resume else None
+        new = found or run_folder.create(args.out, cfg.name, args.overwrite, resuming=args.resume == "auto")
+        return new, found is not None
+
+    group = Group.join()
+    out, resume = group.first(folder)
     try:
         with pauses.listening():
-            Trainer(cfg, out, folder is not None, pauses).run()
+            Trainer(cfg, out, resume, pauses, group).run()
     except KeyboardInterrupt:
         args.resumable = out if run_folder.resumable(out) else None
         raise
     except BadInput:
-        run_folder.leave(out)
+        if not group.rank:
+            run_folder.leave(out)
         raise
+    finally:
+        group.leave()
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flywheel_fast.distributed import ALONE, Group
 from flywheel_fast.em import EMState, Expectation
 from flywheel_fast.learner import Learner
 from flywheel_fast.losses import ntxent
@@ -88,13 +89,15 @@ class Clock:
 class Cycle:
     """Main network g, auxiliary network f, what is known of each sample, and how far the epoch under way has come.
 
-    Between two batches, when `on_batch` is called, `state_dict` holds all that is needed to go on from there.
+    Between two batches, when `on_batch` is called, `state_dict` holds all that is needed to go on from there. With
+    several processes each has a part of every batch, and looks at a share of the samples.
     """
 
-    def __init__(self, config: CycleConfig, main: Learner, aux: Learner | None, state: EMState):
-        self.config, self.main, self.aux, self.state = config, main, aux, state
+    def __init__(self, config: CycleConfig, main: Learner, aux: Learner | None, state: EMState, group: Group = ALONE):
+        self.config, self.main, self.aux, self.state, self.group = config, main, aux, state, group
         self.clock = Clock()
-        self.on_batch: Callable[[int], None] = lambda images: None  # told how many images a batch had; may raise
+        # told how many images a batch had, and whether all processes have now come equally far; may raise
+        self.on_batch: Callable[[int, bool], None] = lambda images, together: None
         self.batch = 0  # training batches of the epoch under way that are done; all: the E-steps, from their start
         self.losses: dict[str, list[Tensor]] = {}  # name -> [] of each step of the last epoch
 
@@ -140,16 +143,17 @@ class Cycle:
     def main_alone(self, loader, epoch: int) -> None:
         for index, (weak,) in self._training(loader, epoch, ("weak",)):
             with self.clock("train"):
-                self._step("main", self.main, F.cross_entropy(self.main.forward(weak), self.state.labels[index]))
+                loss = F.cross_entropy(self.main.forward(weak), self.state.labels[index])
+                self._step("main", self.main, loss, index)
 
     def warm_up(self, loader, epoch: int) -> None:
         """Both networks learn the observed labels."""
         for index, (weak, strong) in self._training(loader, epoch, ("weak", "strong")):
             labels = self.state.labels[index]
             with self.clock("train"):
-                self._step("main", self.main, F.cross_entropy(self.main.forward(weak), labels))
+                self._step("main", self.main, F.cross_entropy(self.main.forward(weak), labels), index)
                 logits = self.aux.forward(torch.cat([weak, strong]))
-                self._step("aux", self.aux, F.cross_entropy(logits, torch.cat([labels, labels])))
+                self._step("aux", self.aux, F.cross_entropy(logits, torch.cat([labels, labels])), index)
 
     def msteps(self, loader, epoch: int) -> None:
         """Steps 3 and 4: f learns q on a weak and a strong view, g its target under the confidence regulariser."""
@@ -163,16 +167,17 @@ class Cycle:
                 if contrastive:
                     _, first, second = embeddings.chunk(3)
                     loss = loss + config.contrastive * ntxent(first, second, config.temperature)
-                self._step("aux", self.aux, loss)
+                self._step("aux", self.aux, loss, index)
                 logits = self.main.forward(augmented[0])
                 loss = self.state.loss(index, logits, config.target, config.posterior, config.confidence, config.delta)
-                self._step("main", self.main, loss)
+                self._step("main", self.main, loss, index)
 
     def esteps(self, loader) -> None:
         """Steps 1 and 2: w_i by Bayes' rule from g, gamma and eps_i; q_i from w_i, the teacher and T_c; the refurbished
         label of every sample, and the next eps_i, T_c and gamma."""
         expectation = Expectation(self.state, self.config.posterior)
         self.look(loader, expectation.add)
+        expectation.unite(self.group)
         expectation.finish(self.config.aligned, self.config.smoothing if self.config.noise_model == "em" else None)
 
     def recall(self, loader) -> None:
@@ -188,15 +193,19 @@ class Cycle:
         self._sweep(loader, use)
 
     def _sweep(self, loader, use: Callable[[Tensor, Tensor, Tensor], None] | None = None) -> None:
-        for index, (clean,) in self._batches(loader.sweep()):
+        own = torch.zeros_like(self.state.agree)  # [N]
+        for index, (clean,) in self.clock.waiting(loader.sweep()):
             with self.clock("infer"):
                 main = self.main.predict(clean, self.main.looked)
                 aux = self.aux.predict(clean, self.aux.looked)
             with self.clock("em"):
                 teacher = self.state.teach(index, main, aux, self.config.teacher == "both")
                 self.state.agree[index] = main.argmax(dim=1) == aux.argmax(dim=1)
+                own[index] = True
                 if use:
                     use(index, main, teacher)
+            self.on_batch(len(index), self.group.world == 1)
+        self.group.union(own, [self.state.teacher, self.state.agree])
 
     def learners(self) -> dict[str, Learner]:
         return {"main": self.main} | ({"aux": self.aux} if self.aux else {})
@@ -207,8 +216,7 @@ class Cycle:
 
     def state_dict(self) -> dict:
         learners = {name: learner.state_dict() for name, learner in self.learners().items()}
-        losses = {name: torch.stack(steps) for name, steps in self.losses.items()}
-        under_way = {"batch": self.batch, "losses": losses, "seconds": dict(self.clock.seconds)}
+        under_way = {"batch": self.batch, "losses": self.mean_losses(), "seconds": dict(self.clock.seconds)}
         return learners | {"state": self.state.state_dict()} | under_way
 
     def load_state_dict(self, saved: dict) -> None:
@@ -219,18 +227,21 @@ class Cycle:
         self.losses = {name: list(steps.to(self.state.labels.device)) for name, steps in saved["losses"].items()}
         self.clock.seconds.update(saved["seconds"])
 
+    def mean_losses(self) -> dict[str, Tensor]:
+        """name -> [] of each step of the last epoch [S], over the whole batches."""
+        losses = {name: torch.stack(steps) for name, steps in self.losses.items()}
+        self.group.mean(list(losses.values()))
+        return losses
+
     def _training(self, loader, epoch: int, views: tuple[str, ...]) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
         """The epoch's batches that are not done yet."""
         for index, images in self.clock.waiting(loader.epoch(2 * epoch, views, self.batch)):
             yield index, images
             self.batch += 1
-            self.on_batch(len(index) * len(images))
+            self.on_batch(len(index) * len(images), True)
 
-    def _batches(self, batches: Iterable) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-        for index, views in self.clock.waiting(batches):
-            yield index, views
-            self.on_batch(len(index) * len(views))
-
-    def _step(self, name: str, learner: Learner, loss: Tensor) -> None:
+    def _step(self, name: str, learner: Learner, loss: Tensor, index: Tensor) -> None:
+        """loss []: the mean over the samples `index` [B]."""
+        loss = loss * self.group.share(len(index))
         learner.step(loss)
         self.losses.setdefault(name, []).append(loss.detach())

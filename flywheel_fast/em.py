@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flywheel_fast import ops
+from flywheel_fast.distributed import Group
 
 SUREST = 0.3  # of a class's samples, that its noise is read from
 RATES = (1e-3, 1 - 1e-6)  # a gamma beyond them would never come back
@@ -229,6 +230,7 @@ class Expectation:
         self.state, self.kind = state, kind
         names = ("clean_prob", "resampled_label", "suggested_label", "suggested_prob", "eps")
         self.found = {name: getattr(state, name).clone() for name in names}  # each [N]
+        self.own = torch.zeros_like(state.agree)  # [N]: added here, not by another process
         self.sums = ops.AuxEStep.empty(0, state.num_classes, state.labels.device)
         # the op knows one gamma for all: the odds of each label's own go to its eps
         self.gamma = torch.full_like(state.gamma, 0.5)
@@ -243,6 +245,12 @@ class Expectation:
         clean_prob, _, step = found
         for name, values in self.found.items():
             values[index] = clean_prob if name == "clean_prob" else getattr(step, name)
+        self.own[index] = True
+
+    def unite(self, group: Group) -> None:
+        """With what the other processes have added."""
+        group.union(self.own, list(self.found.values()))
+        group.sum(self.sums[4:])
 
     def finish(self, aligned: bool, smoothing: float | None) -> None:
         """gamma the mean of w, and T_c(y, j) proportional to smoothing/C + corrupted_sum, rows normalised, diagonal

@@ -48,7 +48,7 @@ class Measures:
         """The epoch that has just ended, without its seconds; `look` at the test sets too."""
         cycle, true = self.cycle, self.train_set.true_labels
         row: dict = {"cycle": epoch + 1, "lr": cycle.main.optimizer.param_groups[0]["lr"]}
-        row |= {f"loss_{name}": torch.stack(steps).mean().item() for name, steps in cycle.losses.items()}
+        row |= {f"loss_{name}": steps.mean().item() for name, steps in cycle.mean_losses().items()}
         with cycle.clock("eval"):
             for name in self.test_sets if look else ():
                 row |= self._accuracy(name)
@@ -81,11 +81,12 @@ class Measures:
         """Share of the images of a test set that the averaged networks get right."""
         labels = torch.as_tensor(self.test_sets[test].labels, device=self.device)
         learners = self.cycle.learners()
-        right: dict[str, list[Tensor]] = {name: [] for name in learners}
+        right = torch.zeros(len(learners), dtype=torch.int64, device=self.device)
         for index, (clean,) in self.loaders[test].sweep():
-            for name, learner in learners.items():
-                right[name].append(learner.predict(clean).argmax(dim=1) == labels[index])
-        return {f"{test}_acc_{name}": torch.cat(hits).double().mean().item() for name, hits in right.items()}
+            for number, learner in enumerate(learners.values()):
+                right[number] += (learner.predict(clean).argmax(dim=1) == labels[index]).sum()
+        self.cycle.group.sum([right])
+        return {f"{test}_acc_{name}": hits / len(labels) for name, hits in zip(learners, right.tolist(), strict=True)}
 
     def _quality(self, true: np.ndarray) -> dict:
         state = self.cycle.state

@@ -18,6 +18,7 @@ from flywheel_fast.data import noise, reviews, scan, sources
 from flywheel_fast.data.manifest import Manifest
 from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.data.views import ViewsConfig
+from flywheel_fast.distributed import ALONE, Group
 from flywheel_fast.em import EMState
 from flywheel_fast.errors import BadInput, Failure, Stopped
 from flywheel_fast.learner import Learner, OptimConfig
@@ -57,19 +58,22 @@ class Config:
 
 class Trainer:
     """Everything of one run in the folder `out`; `resume` restores its last checkpoint, and `pauses` says between two
-    batches whether to write one, or to stop."""
+    batches whether to write one, or to stop. Of several processes the first writes and speaks."""
 
-    def __init__(self, config: Config, out: Path, resume: bool = False, pauses: Pauses | None = None):
-        self.out, self.screen, self.pauses = out, Screen(out / run_folder.LOG), pauses or Pauses()
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.config = config
-        data = sources.load(config.data)
+    def __init__(
+        self, config: Config, out: Path, resume: bool = False, pauses: Pauses | None = None, group: Group = ALONE
+    ):
+        self.config, self.out, self.pauses = config, out, pauses or Pauses()
+        self.group, self.device = group, group.device
+        self.screen = Screen(None if group.rank else out / run_folder.LOG)
+        data = group.first(lambda: sources.load(config.data))
         self.noisy_labels = data.noisy_labels
         self.bad_files: list[scan.BadFile] = []  # left out
         self.test_sets = {name: self._readable(part, name) for name, part in data.splits().items()}
         self.train_set = self.test_sets.pop("train")
         self.reviews = reviews.summary(Path(config.data.reviews)) if config.data.reviews else None
-        saved = checkpoint.load_last(out / run_folder.CHECKPOINT, self.screen.warn) if resume else None
+        last = out / run_folder.CHECKPOINT
+        saved = group.first(lambda: checkpoint.load_last(last, self.screen.warn)) if resume else None
         if saved:
             self.config = self._with_time_for_reviews(config, saved)
         self.loader = self._loader(self.train_set, config.optim.balanced_batches)
@@ -83,17 +87,18 @@ class Trainer:
         self._review()
         self.config_text = configs.dump(self.config)
         settings = configs.flat(configs.as_dict(self.config))
-        self.sinks = sinks.open_all(config.log, out, config.name, settings, len(self.history))
+        self.sinks = sinks.open_all(() if group.rank else config.log, out, config.name, settings, len(self.history))
 
     def run(self) -> None:
         """Raises Stopped where `pauses` want it, after a checkpoint."""
         config, cycle, loader = self.config, self.cycle, self.loader
-        self._open()
+        if not self.group.rank:
+            self._open()
         images = [cycle.images(epoch, len(self.train_set), loader.drawn) for epoch in range(config.optim.epochs)]
         done, epochs = len(self.history), config.optim.epochs
         under_way = cycle.images(done, 0, cycle.batch * config.optim.batch_size)
         with self.screen.progress(sum(images), sum(images[:done]) + under_way) as advance:
-            cycle.on_batch = lambda images: (advance(images), self._pause())
+            cycle.on_batch = lambda images, together: (advance(images * self.group.world), self._pause(together))
             for epoch in range(done, epochs):
                 cycle.run(loader, epoch)
                 look = epoch + 1 == epochs or (epoch + 1) % config.eval_every == 0
@@ -109,7 +114,8 @@ class Trainer:
 
     def _readable(self, manifest: Manifest, split: str) -> Manifest:
         """Without the files at which the training would stop; these go to `bad_files`."""
-        manifest, bad = scan.without_broken(manifest, split, self.device, self.config.data.threads)
+        threads = self.config.data.threads
+        manifest, bad = self.group.first(lambda: scan.without_broken(manifest, split, self.device, threads))
         self.bad_files += bad
         return manifest
 
@@ -123,7 +129,9 @@ class Trainer:
             self.device,
             data.threads,
             data.cache_gb,
-            balanced_batches=balanced_batches,
+            self.group.rank,
+            self.group.world,
+            balanced_batches,
         )
 
     def _assemble(self) -> Cycle:
@@ -132,14 +140,14 @@ class Trainer:
         def learner(network: models.NetworkConfig, seed: int, projection: int = 0) -> Learner:
             size = config.views.image_size
             built = models.build(network, num_classes, size, seed, projection)
-            return Learner(built, config.optim, len(self.loader), self.device)
+            return Learner(built, config.optim, len(self.loader), self.device, self.group)
 
         main, aux = learner(config.model.main, 2 * config.seed), None
         if config.cycle.kind == "flywheel":
             projection = 128 if config.cycle.contrastive > 0 else 0
             aux = learner(config.model.aux or config.model.main, 2 * config.seed + 1, projection)
         labels = torch.as_tensor(self.train_set.labels, device=self.device)
-        return Cycle(config.cycle, main, aux, EMState.start(labels, num_classes, config.cycle.gamma))
+        return Cycle(config.cycle, main, aux, EMState.start(labels, num_classes, config.cycle.gamma), self.group)
 
     def _with_time_for_reviews(self, config: Config, saved: dict) -> Config:
         """A run that has ended learns what was reviewed since in a quarter more epochs: there a cosine schedule, drawn
@@ -186,7 +194,8 @@ class Trainer:
         checkpoint.write_atomic(self.out / "config.yaml", self.config_text.encode())
         checkpoint.write_atomic(self.out / "env.json", json.dumps(env.describe(), indent=2).encode())
         test = " and ".join(f"{len(part):,}" for part in self.test_sets.values()) + " to test on"
-        where = f"{self.device}, {'bf16' if self.cycle.main.bf16 else 'fp32'}, {torch.get_num_threads()} threads"
+        where = f"{self.device.type}, {'bf16' if self.cycle.main.bf16 else 'fp32'}, {torch.get_num_threads()} threads"
+        where += f" in each of {self.group.world} processes" if self.group.world > 1 else ""
         self.screen.say(
             f"{len(train_set.labels):,} images of {len(train_set.classes)} classes to train on, {test}; {where}"
         )
@@ -221,12 +230,14 @@ class Trainer:
 
     # -- each batch ----------------------------------------------------------------------------------------------------
 
-    def _pause(self) -> None:
-        if self.pauses.stop():
+    def _pause(self, together: bool) -> None:
+        if not together:
+            return
+        wish = self.group.most(2 * self.pauses.stop() + self.pauses.due(self.cycle.main.steps))
+        if wish:
             self._save()
+        if wish >= 2:
             raise Stopped(f"stopped after {self._place()}, which is saved; `--resume {self.out}` goes on from there")
-        if self.pauses.due(self.cycle.main.steps):
-            self._save()
 
     def _place(self) -> str:
         place = f"epoch {len(self.history)} of {self.config.optim.epochs}"
@@ -243,7 +254,8 @@ class Trainer:
             "cuda_generators": torch.cuda.get_rng_state_all(),
             "history": self.history,
         }
-        checkpoint.save(self.out / run_folder.CHECKPOINT, state)
+        if not self.group.rank:
+            checkpoint.save(self.out / run_folder.CHECKPOINT, state)
         self.pauses.saved(self.cycle.main.steps)
 
     # -- each epoch ----------------------------------------------------------------------------------------------------
@@ -265,7 +277,8 @@ class Trainer:
         row["waiting"] = round(measures.waiting([row]), 4)
         self._save()
         row["sec_save"] = round(time.perf_counter() - start, 4)
-        self._write_metrics()
+        if not self.group.rank:
+            self._write_metrics()
 
     def _write_metrics(self) -> None:
         text = io.StringIO()
@@ -293,6 +306,10 @@ class Trainer:
 
     def _close(self) -> None:
         """Network, labels, plots, and the table of what a user wants to know."""
+        if self.cycle.aux:
+            self.cycle.recall(self.loader)
+        if self.group.rank:
+            return
         inference = self.cycle.inference()
         meta = {"flywheel_fast": json.dumps({"classes": self.train_set.classes, "config": self.config_text})}
         weights = {key: value.contiguous() for key, value in inference.ema.module.state_dict().items()}
@@ -312,7 +329,6 @@ class Trainer:
 
     def _labels(self) -> audit.Labels:
         train_set, state = self.train_set, self.cycle.state
-        self.cycle.recall(self.loader)
         suspicion = state.suspicion.cpu().numpy()
         return audit.Labels(
             root=train_set.root,

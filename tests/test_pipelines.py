@@ -38,11 +38,15 @@ def loader(manifest, kind="cached", **options):
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_sample_exactly_once_an_epoch(manifest, kind, world):
-    ranks = [loader(manifest, kind, rank=rank, world=world) for rank in range(world)]
+    ranks = [loader(manifest, kind, batch_size=8, rank=rank, world=world) for rank in range(world)]
     for epoch in range(3):
-        seen = [index for one in ranks for index, _ in one.epoch(epoch)]
-        assert sorted(torch.cat(seen).tolist()) == list(range(18))
-        assert len(seen) == sum(len(one) for one in ranks)
+        batches = [[index for index, _ in one.epoch(epoch)] for one in ranks]
+        assert [len(one) for one in batches] == [3] * world == [len(one) for one in ranks]
+        assert sorted(torch.cat(sum((one[:2] for one in batches), [])).tolist() + batches[0][2].tolist()) == [
+            *range(18)
+        ]
+        assert all(len(index) == 8 // world for one in batches for index in one[:2])
+        assert all(torch.equal(one[2], batches[0][2]) for one in batches)  # two samples cannot be divided
     swept = [torch.cat([index for index, _ in one.sweep()]) for one in ranks]
     assert all(torch.equal(index, index.sort().values) for index in swept)
     assert sorted(torch.cat(swept).tolist()) == list(range(18))

@@ -9,7 +9,7 @@ PACKAGE = Path(flywheel_fast.__file__).parent
 FLOORS = [  # a module may import from floors below its own, and from the rooms named for it beside itself
     {"errors", "config", "__init__", "data.__init__", "data.cifar"},
     {"reference", "_C"},
-    {"ops"},
+    {"ops", "distributed"},
     {"em", "losses", "models", "learner", "env"}
     | {"data.manifest", "data.order", "data.pickles", "data.views"}
     | {"data.noise", "data.noise_files", "data.reviews"},

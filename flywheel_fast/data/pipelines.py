@@ -40,8 +40,8 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Batches of one manifest, without what a review dropped. Images that fit into `cache_gb` are decoded once and stay
-    in memory as uint8."""
+    """Batches of one manifest, without what a review dropped: of each batch, the part of process `rank` of `world`.
+    Images that fit into `cache_gb` are decoded once and stay in memory as uint8."""
 
     def __init__(
         self,
@@ -68,34 +68,32 @@ class Loader:
             self.cache = self._decode_all()
 
     def __len__(self) -> int:
-        """Batches of an epoch, on this rank."""
+        """Batches of an epoch."""
         return self.balanced_batches or -(-self.drawn // self.batch_size)
 
     @property
     def drawn(self) -> int:
-        """Samples of an epoch, on this rank."""
-        if self.balanced_batches:
-            return self.balanced_batches * self.batch_size
-        return len(self.used[self.rank :: self.world])
+        """Samples of an epoch, of all processes."""
+        return self.balanced_batches * self.batch_size if self.balanced_batches else len(self.used)
 
     def epoch(self, epoch: int, views: tuple[str, ...] = ("weak", "strong"), start: int = 0) -> Iterator[Batch]:
-        """Every sample of this rank once, shuffled, the last batch may be short; or the class-balanced batches. The
-        first `start` batches are left out."""
+        """Every sample once, shuffled, the last batch may be short; or the class-balanced batches. The first `start`
+        batches are left out. A batch that would leave a process less than two samples is given to all of them whole."""
         if self.balanced_batches:
-            labels, size = self.manifest.labels[self.used], self.drawn * self.world
-            order = balanced_order(labels, size, self.seed, epoch, self.rank, self.world)
+            order = balanced_order(self.manifest.labels[self.used], self.drawn, self.seed, epoch)
         else:
-            order = epoch_order(len(self.used), self.seed, epoch, self.rank, self.world)
-        return self._batches(self.used[order], self.batch_size, views, epoch, start)
+            order = epoch_order(self.drawn, self.seed, epoch)
+        pieces = _pieces(self.used[order], self.batch_size)
+        parts = [piece[self.rank :: self.world] if len(piece) >= 2 * self.world else piece for piece in pieces]
+        return self._batches(parts, views, epoch, start)
 
     def sweep(self) -> Iterator[Batch]:
-        """The clean view of every sample of this rank once, in order, in larger batches."""
-        return self._batches(self.used[self.rank :: self.world], SWEEP_BATCH, ("clean",))
+        """The clean view of every sample once, in order, in larger batches; those of other processes are left out."""
+        return self._batches(_pieces(self.used[self.rank :: self.world], SWEEP_BATCH), ("clean",))
 
     def _batches(
-        self, order: np.ndarray, batch_size: int, views: tuple[str, ...], epoch: int = 0, start: int = 0
+        self, pieces: list[np.ndarray], views: tuple[str, ...], epoch: int = 0, start: int = 0
     ) -> Iterator[Batch]:
-        pieces = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
         drawn = tuple(view for view in views if view != "clean" or self.cache is None)  # by DALI
         for chunk in range(start // CHUNK, -(-len(pieces) // CHUNK)):
             seed = int(np.random.SeedSequence((self.seed, epoch, self.rank, chunk)).generate_state(1)[0]) & 0x7FFFFFFF
@@ -224,6 +222,10 @@ class Loader:
             path = self.manifest.root / self.manifest.files[piece[0]]
             reason = error.strerror if isinstance(error, OSError) else _why_refused(path.read_bytes())
             yield int(piece[0]), f"cannot be read as an image ({reason})"
+
+
+def _pieces(order: np.ndarray, size: int) -> list[np.ndarray]:
+    return [order[at : at + size] for at in range(0, len(order), size)]
 
 
 def _why_refused(content: bytes) -> str:
