@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,57 @@ def test_stopped_with_two_processes_it_goes_on_with_one(tmp_path):
     assert not (tmp_path / "a/result.json").exists()
     said = finished(train(1, "a", "--resume", "auto", cwd=tmp_path))
     assert "going on after epoch" in said and len(rows(tmp_path / "a")) == 4
+
+
+def namespace(*words: str) -> int:
+    return subprocess.run(["ip", *words], capture_output=True).returncode
+
+
+@pytest.fixture
+def two_machines():
+    """Two network namespaces with a cable between them: name -> address."""
+    if not shutil.which("ip") or namespace("netns", "add", "flywheel-a"):
+        pytest.skip("cannot make a network namespace here: needs ip and root")
+    machines = {"flywheel-a": "10.98.76.1", "flywheel-b": "10.98.76.2"}
+    try:
+        namespace("netns", "add", "flywheel-b")
+        namespace(
+            "link", "add", "a0", "netns", "flywheel-a", "type", "veth", "peer", "name", "b0", "netns", "flywheel-b"
+        )
+        for (name, address), device in zip(machines.items(), ("a0", "b0"), strict=True):
+            for words in (["addr", "add", f"{address}/24", "dev", device], ["link", "set", device, "up"]):
+                if namespace("-n", name, *words):
+                    pytest.skip("cannot join two network namespaces here")
+            namespace("-n", name, "link", "set", "lo", "up")
+        yield machines
+    finally:
+        for name in machines:
+            namespace("netns", "del", name)
+
+
+def test_two_machines_know_what_one_process_knows(tmp_path, two_machines):
+    (first, at), _ = two_machines.items()
+    nodes = []
+    for name, device in zip(two_machines, ("a0", "b0"), strict=True):
+        command = ["ip", "netns", "exec", name, *TORCHRUN[:3], "--nnodes", "2", "--nproc-per-node", "1"]
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{at}:29500", "--rdzv-id", "x"]
+        command += ["--rdzv-conf", f"is_host={int(name == first)}", "--local-addr", two_machines[name]]
+        environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": device}
+        nodes.append(
+            subprocess.Popen(
+                [*command, str(TOY), "two.pt"],
+                cwd=tmp_path,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    for node in nodes:
+        finished(node)
+    finished(torchrun(1, TOY, "one.pt", cwd=tmp_path))
+    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
+    assert (one["clean_prob"] - two["clean_prob"]).abs().max() <= 1e-6 and abs(one["gamma"] - two["gamma"]) <= 1e-6
 
 
 def test_alone_a_group_changes_nothing():
