@@ -2,9 +2,10 @@
 
 import itertools
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from flywheel_fast.checkpoint import PART
+from flywheel_fast.checkpoint import PART, previous
 from flywheel_fast.errors import BadInput
 
 CHECKPOINT = Path("weights", "last.pt")
@@ -32,7 +33,7 @@ OWN = {
 
 
 def resumable(folder: Path) -> bool:
-    return (folder / CHECKPOINT).is_file()
+    return (folder / CHECKPOINT).is_file() or previous(folder / CHECKPOINT).is_file()
 
 
 def to_resume(resume: str, out: str | None, name: str) -> Path | None:
@@ -50,6 +51,16 @@ def to_resume(resume: str, out: str | None, name: str) -> Path | None:
     return folder
 
 
+def newest(name: str) -> Path:
+    """Of the numbered folders of a name, the last that `create` has made."""
+    made = itertools.takewhile(Path.exists, _numbered(name))
+    return max(made, key=lambda folder: folder.stat().st_mtime, default=Path("runs", name))
+
+
+def _numbered(name: str) -> Iterator[Path]:
+    return itertools.chain([Path("runs", name)], (Path("runs", f"{name}-{number}") for number in itertools.count(2)))
+
+
 def leave(folder: Path) -> None:
     """Takes back a folder that holds the log only: of a run that was refused its data."""
     if [entry.name for entry in folder.iterdir()] == [LOG]:
@@ -60,8 +71,7 @@ def create(out: str | None, name: str, overwrite: bool, resuming: bool) -> Path:
     """A new, empty run folder. `resuming`: a folder without a checkpoint, from a run cut off early, is used again."""
     folder = Path(out) if out else Path("runs", name)
     if not out and not overwrite and not resuming:
-        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-        folder = next(Path("runs", name) for name in names if not Path("runs", name).exists())
+        folder = next(folder for folder in _numbered(name) if not folder.exists())
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"--out {folder}: is a file, not a folder")
     if folder.exists() and any(folder.iterdir()):

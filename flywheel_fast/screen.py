@@ -11,12 +11,16 @@ from rich.text import Text
 
 
 class Screen:
-    def __init__(self, log_file: Path):
+    """Without a log file it says nothing: one of several processes speaks for all."""
+
+    def __init__(self, log_file: Path | None):
         self.console = Console(highlight=False, soft_wrap=True)
         self.log_file = log_file
 
     def say(self, text: str, style: str = "") -> None:
         """A line on the screen and, with the time, in train.log."""
+        if self.log_file is None:
+            return
         self.console.print(text, style=style, markup=False)
         with open(self.log_file, "a", encoding="utf-8") as file:
             file.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
@@ -28,7 +32,8 @@ class Screen:
     def progress(self, total_images: int, done_images: int):
         """Yields a function that takes a number of images; the bar shows on terminals only."""
         columns = [TextColumn("{task.description}"), BarColumn(), _Rate(), TimeElapsedColumn(), TimeRemainingColumn()]
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as bar:
+        hidden = self.log_file is None or not self.console.is_terminal
+        with Progress(*columns, console=self.console, disable=hidden, transient=True) as bar:
             task = bar.add_task("training", total=total_images, completed=done_images, start_at=done_images)
             yield lambda images: bar.advance(task, images)
 

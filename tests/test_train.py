@@ -135,6 +135,7 @@ def same_run(one, two):
 
 def test_a_run_killed_in_the_middle_of_a_cycle_ends_with_the_same_bytes(tmp_path):
     words = ["train", "optim.epochs=8", "cycle.warmup=2", "--out", "killed", "--resume", "auto"]
+    words += ["--checkpoint-every", "4"]
     assert flywheel(*words[:3], "--out", "whole", cwd=tmp_path).returncode == 0
     command = [sys.executable, "-m", "flywheel_fast", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -162,9 +163,10 @@ def test_more_epochs_on_a_finished_run_and_a_changed_config_refused(tmp_path):
     refused(flywheel("train", "--resume", "a", "--overwrite", cwd=tmp_path), 2, "--overwrite")
     result = flywheel("train", "--resume", "a", "optim.epochs=5", cwd=tmp_path)
     assert result.returncode == 0 and [row["cycle"] for row in rows(tmp_path / "a")] == list("12345")
-    checkpoint = tmp_path / "a/weights/last.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
-    refused(flywheel("train", "--resume", "a", cwd=tmp_path), 2, "a/weights/last.pt", "cut short")
+    for name in ("last.pt", "previous.pt"):
+        checkpoint = tmp_path / "a/weights" / name
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
+    refused(flywheel("train", "--resume", "a", cwd=tmp_path), 2, "a/weights/previous.pt", "cut short")
 
 
 def test_ctrl_c_ends_with_a_resumable_run_and_130(tmp_path):
