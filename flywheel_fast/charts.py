@@ -12,7 +12,7 @@ Line = tuple[str, np.ndarray, np.ndarray]  # name, x [K], y [K], none of them na
 
 
 def over_epochs(title: str, lines: list[Line], percent: bool = True) -> dict:
-    """The scale leaves room above and below, so that a flat curve does not look eventful."""
+    """Of shares. The scale leaves room above and below, so that a flat curve does not look eventful."""
     x, y = (np.concatenate([line[k] for line in lines]) for k in (1, 2))
     spare = max(0.05 * np.ptp(y), 0.01)
     form = "{:.1%}" if percent else "{:.3f}"
@@ -22,8 +22,8 @@ def over_epochs(title: str, lines: list[Line], percent: bool = True) -> dict:
         "axis": "epoch",
         "x": [(across(value), f"{value:.0f}") for value in _ticks(x.min(), x.max(), integer=True)],
         "y": [
-            (up(value), f"{100 * value:g}%" if percent else f"{value:.3g}")
-            for value in _ticks(y.min() - spare, y.max() + spare)
+            (up(value), f"{100 * value:g}%" if percent else f"{value:g}")
+            for value in _ticks(y.min() - spare, min(y.max() + spare, 1))
         ],
         "lines": [
             {

@@ -2,10 +2,7 @@
 
 import base64
 import csv
-import hashlib
 import json
-import os
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +12,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from flywheel_fast import charts, plots
+from flywheel_fast import charts, duplicates, plots
 from flywheel_fast import config as configs
 from flywheel_fast.audit import FALSE_ALARMS, Labels, read_labels, summary
 from flywheel_fast.checkpoint import write_atomic
@@ -196,6 +193,7 @@ def _found(labels: Labels) -> dict:
         "more": len(np.unique(labels.given[labels.suspects])) - len(gallery),
         "unread": unread,
         "duplicates": _duplicates(labels),
+        "compared": min(duplicates.COMPARED, len(labels.given)),
     }
 
 
@@ -309,24 +307,18 @@ def _data_uri(content: bytes, form: str) -> str:
 
 
 def _duplicates(labels: Labels, most: int = 50) -> dict:
-    """Identical files with different labels: the first groups, with a picture each, and how many in all."""
-    of_size = defaultdict(list)
-    for i, file in enumerate(labels.files):
-        try:
-            of_size[os.stat(labels.root / file).st_size].append(i)
-        except OSError:
-            continue  # the gallery says which pictures are gone
-    of_content = defaultdict(list)
-    for same in of_size.values():
-        for i in same if len(same) > 1 else []:
-            of_content[hashlib.sha256((labels.root / labels.files[i]).read_bytes()).digest()].append(i)
-    groups = [same for same in of_content.values() if len(set(labels.given[same])) > 1]
+    """Copies with different labels: the first groups, the members of each that are shown, and how many in all."""
+    groups = duplicates.groups(labels)
     shown = [
-        {
-            "picture": _thumbnail(labels.root / labels.files[same[0]]),
-            "members": [(labels.files[i], labels.classes[labels.given[i]]) for i in same[:10]],
-        }
-        for same in groups[:most]
+        [
+            {
+                "file": labels.files[i],
+                "picture": _thumbnail(labels.root / labels.files[i]),
+                "given": labels.classes[labels.given[i]],
+            }
+            for i in copies[:4]
+        ]
+        for copies in groups[:most]
     ]
     return {"count": len(groups), "shown": shown}
 

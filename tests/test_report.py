@@ -9,7 +9,7 @@ import pytest
 from made_labels import drawn, labels
 from PIL import Image
 
-from flywheel_fast import audit, charts, cli, report
+from flywheel_fast import audit, charts, cli, duplicates, report
 from flywheel_fast.errors import BadInput
 
 NASTY = ("<script>alert(1)</script>", '"it\'s" & co', "עברית", "a" * 200, "{{ 1 / 0 }}", "two\nlines")
@@ -226,9 +226,23 @@ def test_identical_files_with_different_labels_are_shown(tmp_path):
     same = (tmp_path / found.files[0]).read_bytes()
     (tmp_path / found.files[1]).write_bytes(same)  # another label
     (tmp_path / found.files[3]).write_bytes((tmp_path / found.files[2]).read_bytes())  # the same label
-    assert report._duplicates(found)["count"] == 1
+    assert duplicates.groups(found) == [[0, 1]]
     said = page_of(make_run(tmp_path / "run", found)).said()
-    assert f"{found.files[0]}: a {found.files[1]}: b" in said and f"{found.files[2]}: a" not in said
+    assert f"under different labels a{found.files[0]} b{found.files[1]}" in said and found.files[2] not in said
+
+
+def test_copies_that_were_scaled_and_compressed_are_found(tmp_path):
+    found = labels([0, 1, 1, 0, 1, 0, 1], [0] * 7, [0.9, 0.8, *[0.7] * 5], classes="ab", root=tmp_path)
+    write_images(found, size=(64, 64))
+    rng = np.random.default_rng(1)
+    photo = Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)).resize((200, 200))
+    photo.save(tmp_path / found.files[0])
+    photo.resize((90, 90)).point(lambda value: value * 0.7).save(tmp_path / found.files[1], "JPEG", quality=50)
+    for number in (3, 4):  # even areas
+        Image.new("RGB", (20, 20), ("white", "black")[number % 2]).save(tmp_path / found.files[number])
+    (tmp_path / found.files[5]).write_bytes(b"no picture")
+    (tmp_path / found.files[6]).unlink()
+    assert duplicates.groups(found) == [[1, 0]]  # the worse first
 
 
 def test_images_that_have_moved(tmp_path):

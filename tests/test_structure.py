@@ -23,7 +23,7 @@ FLOORS = [  # a module may import from floors below its own, and from the rooms 
     {"review", "trainer"},
     {"predict"},
     {"embedding", "export"},
-    {"charts"},
+    {"charts", "duplicates"},
     {"report"},
     {"api"},
     {"cli"},
