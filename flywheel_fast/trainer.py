@@ -305,7 +305,9 @@ class Trainer:
             if name not in mergers[MOST_MERGERS:]:
                 self.screen.warn(ailments[name])
         if len(mergers) > MOST_MERGERS:
-            self.screen.warn(f"{len(mergers) - MOST_MERGERS} more classes have all but vanished from them")
+            self.screen.warn(
+                f"{len(mergers) - MOST_MERGERS} more classes have all but vanished from the refurbished labels"
+            )
         self.warned |= ailments.keys()
 
     def _ailments(self) -> dict[str, str]:

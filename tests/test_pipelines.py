@@ -198,7 +198,17 @@ def test_all_broken_images_are_found_before_a_small_set_is_trained_on(folder):
 
 @pytest.mark.parametrize(
     "options",
-    [{"image_size": 4}, {"pad": -1}, {"pad": 40}, {"area": 0.0}, {"cutout": 1.5}, {"jitter": 2.0}, {"std": (0, 1, 1)}],
+    [
+        {"image_size": 4},
+        {"pad": -1},
+        {"pad": 40},
+        {"area": 0.0},
+        {"cutout": 1.5},
+        {"jitter": 2.0},
+        {"grey": 1.1},
+        {"blur": -0.1},
+        {"std": (0, 1, 1)},
+    ],
 )
 def test_impossible_views_are_refused(options):
     with pytest.raises(ValueError, match=r"^views\."):

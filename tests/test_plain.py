@@ -232,3 +232,27 @@ def test_dalis_views_are_distributed_as_torchvisions(tmp_path, what):
         assert abs(a.std() - spread) < 0.15 * spread + 0.2, name
         for q in (0.01, 0.99):
             assert abs(a.quantile(q) - b.quantile(q)) < spread + 1, name
+
+
+@pytest.mark.parametrize("what", ["grey", "blur"])
+def test_a_share_of_the_strong_views_is_grey_or_blurred(tmp_path, what):
+    Image.fromarray(ROUGH).resize((80, 60), Image.Resampling.NEAREST).save(tmp_path / "a.png")
+    manifest = Manifest(tmp_path, np.array(["a.png"] * 600), np.zeros(600, np.int64), ("a",))
+    plain = {"image_size": 32, "pad": 0, "flip": False, "jitter": 0, "cutout": 0}
+    found = []
+    for reader in ["torchvision"] + ["DALI"] * DALI:
+        loader = read_by(Loader(manifest, ViewsConfig(**plain, **{what: 0.3}), 200, 0), reader)
+        batches = list(loader.epoch(0, ("clean", "strong")))
+        clean, strong = (torch.cat(views) * 64 + 127.5 for views in zip(*(views for _, views in batches), strict=True))
+        changed = (strong - clean).abs().amax(dim=(1, 2, 3)) > 1
+        assert 0.22 < changed.float().mean() < 0.38
+        clean, strong = clean[0], strong[changed]
+        if what == "grey":
+            grey = (clean * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(dim=0)  # ITU-R BT.601
+            assert (strong - grey).abs().max() < 1.6
+        else:
+            found.append(strong.flatten(1).std(dim=1) / clean.std())
+            assert 0.5 < found[-1].min() and found[-1].max() < 1
+    if len(found) == 2:
+        (mean, spread), (other_mean, other_spread) = ((one.mean().item(), one.std().item()) for one in found)
+        assert mean == pytest.approx(other_mean, abs=0.01) and spread == pytest.approx(other_spread, rel=0.3)

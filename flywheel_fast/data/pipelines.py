@@ -20,7 +20,7 @@ from flywheel_fast.data import plain
 from flywheel_fast.data.manifest import DROPPED, Manifest
 from flywheel_fast.data.memory import Memory, needed, size_text
 from flywheel_fast.data.order import balanced_order, epoch_order
-from flywheel_fast.data.views import WHOLE_CROP, ViewsConfig
+from flywheel_fast.data.views import BLUR_SIGMA, WHOLE_CROP, ViewsConfig
 from flywheel_fast.errors import BadInput
 
 TRANSLATION = 150 / 331  # RandAugment's greatest shift, a share of the image's side (Cubuk et al. 2020)
@@ -373,6 +373,12 @@ def _graph(loader: Loader, views: tuple[str, ...]) -> bytes:
             low, high = 1 - config.jitter, 1 + config.jitter
             change = {name: fn.random.uniform(range=[low, high]) for name in ("brightness", "contrast", "saturation")}
             images = fn.color_twist(images, **change)
+        if config.grey:
+            images = fn.saturation(images, saturation=fn.random.choice([1.0, 0.0], p=[1 - config.grey, config.grey]))
+        if config.blur:
+            if fn.random.coin_flip(probability=config.blur, dtype=types.BOOL):
+                sigma = fn.random.uniform(range=BLUR_SIGMA)
+                images = fn.gaussian_blur(images, sigma=sigma, window_size=config.blur_window)
         if config.cutout:
             anchor = fn.random.uniform(range=[-config.cutout / 2, 1 - config.cutout / 2], shape=[2])
             fill = list(config.mean)
@@ -390,7 +396,7 @@ def _graph(loader: Loader, views: tuple[str, ...]) -> bytes:
         num_threads=loader.threads,
         device_id=loader.device.index or 0 if on_gpu else None,
         exec_dynamic=True,
-        enable_conditionals=True,  # RandAugment chooses an operation by sample
+        enable_conditionals=True,  # RandAugment chooses by sample, and the blur
     )
     def pipeline():
         if loader.images is not None:

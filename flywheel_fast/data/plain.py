@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from flywheel_fast.data.views import WHOLE_CROP, ViewsConfig
+from flywheel_fast.data.views import BLUR_SIGMA, WHOLE_CROP, ViewsConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "JPEG2000")  # DALI's
 
@@ -83,7 +83,9 @@ def _transforms(config: ViewsConfig) -> tuple[Callable, dict[str, Callable]]:
     change = v2.ColorJitter(*[config.jitter] * 3)
     if config.strong == "randaugment":
         change = v2.RandAugment(num_ops=2, magnitude=9, fill=0)
-    strong = v2.Compose([*weak, change, lambda image: _cut_out(image, config)])
+    grey = v2.RandomGrayscale(config.grey)
+    blur = v2.RandomApply([v2.GaussianBlur(config.blur_window, BLUR_SIGMA)], config.blur)
+    strong = v2.Compose([*weak, change, grey, blur, lambda image: _cut_out(image, config)])
     cut = {"clean": v2.Compose(clean), "weak": v2.Compose(weak), "strong": strong, "strong2": strong}
     return v2.Compose([*whole, v2.Identity()]), cut
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 WHOLE_CROP = 0.875  # with random resized crops, the clean view is this share of the shorter side, as is usual
+BLUR_SIGMA = (0.1, 2.0)  # pixels
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,14 @@ class ViewsConfig:
     flip: bool = True
     """Mirror half of the images."""
     strong: Literal["jitter", "randaugment"] = "jitter"
-    """What strong views add to the weak one, before the cut-out: brightness, contrast, saturation; or RandAugment."""
+    """What strong views add to the weak one first: a change of brightness, contrast, saturation; or RandAugment."""
     jitter: float = 0.4
     """Greatest relative change of brightness, contrast and saturation."""
+    grey: float = 0.0
+    """Share of the strong views that lose their colours."""
+    blur: float = 0.0
+    """Share of the strong views that are blurred, by a Gaussian of 0.1 to 2 pixels in a window of a tenth of the side
+    (Chen et al. 2020: SimCLR takes 0.2 grey, 0.5 blurred)."""
     cutout: float = 0.4
     """Side of the square that strong views lose, a share of the image's; 0: none."""
     mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
@@ -36,7 +42,12 @@ class ViewsConfig:
             raise ValueError(
                 f"views.pad must be in [0, image_size) and views.area in (0, 1], not {self.pad}, {self.area}"
             )
-        if not 0 <= self.cutout <= 1 or not 0 <= self.jitter <= 1:
-            raise ValueError(f"views.cutout and views.jitter must be in [0, 1], not {self.cutout}, {self.jitter}")
+        for name in ("jitter", "grey", "blur", "cutout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"views.{name} must be in [0, 1], not {getattr(self, name)}")
         if min(self.std) <= 0:
             raise ValueError(f"views.std must be positive, not {list(self.std)}")
+
+    @property
+    def blur_window(self) -> int:  # pixels, odd
+        return max(3, self.image_size // 10 | 1)
