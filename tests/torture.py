@@ -92,7 +92,8 @@ def main() -> None:
                     log = out / "train.log"
                     lines = log.read_text().splitlines() if log.exists() else []
                     print(
-                        f"{moment:>3}  killed {what} after {after:5.1f} s; last said: {(lines or ['nothing'])[-1][:90]}"
+                        f"{moment:>3}  killed {what} after {after:5.1f} s; last: {(lines or ['nothing'])[-1][:90]}",
+                        flush=True,
                     )
             said = out.with_suffix(".said").read_text()
             equal = status == 0 and ended_as(out) == ended_as(whole)
