@@ -110,7 +110,8 @@ def train(
     settings = configs.load(Config, config, words)
     folder = run_folder.create(str(out) if out else None, settings.name, overwrite=False, resuming=False)
     try:
-        Trainer(settings, folder).run()
+        with run_folder.lock(folder):
+            Trainer(settings, folder).run()
     except BadInput:
         run_folder.leave(folder)
         raise

@@ -1,6 +1,7 @@
 """A checkpoint is one file: a torch archive followed by its own checksum; it is replaced whole or not at all, and the
 one before it is kept."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -22,9 +23,9 @@ def previous(path: Path) -> Path:
 
 def write_atomic(path: Path, content: bytes, keep: Path | None = None) -> None:
     """A temporary file beside `path`, flushed to disk, then renamed over it; what stood there goes to `keep`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}{PART}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -33,7 +34,8 @@ def write_atomic(path: Path, content: bytes, keep: Path | None = None) -> None:
             os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise Failure(f"{path}: cannot be written ({error.strerror}); what stood there before is untouched") from error
 
 
@@ -59,7 +61,7 @@ def load_last(path: Path, warn: Callable[[str], None]) -> dict:
 
 
 def load(path: Path) -> dict:
-    """Raises BadInput when the file is absent, cut short or altered."""
+    """Raises BadInput when the file is absent, cut short or altered, or would run code."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -67,4 +69,7 @@ def load(path: Path) -> dict:
     content, mark, digest = content.rpartition(MARK)
     if not mark or hashlib.sha256(content).hexdigest().encode() != digest:
         raise BadInput(f"checkpoint {path}: cut short or altered (its checksum does not fit)")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader has many
+        raise BadInput(f"checkpoint {path}: holds something else than tensors and plain values") from error

@@ -183,6 +183,7 @@ def _config_and_changes(words: list[str], default: str | None = "digits") -> tup
 
 def _train(args: argparse.Namespace) -> None:
     from flywheel_fast import config, run_folder
+    from flywheel_fast.checkpoint import write_atomic
     from flywheel_fast.distributed import Group
     from flywheel_fast.pauses import Pauses
     from flywheel_fast.trainer import Config, Trainer
@@ -198,10 +199,14 @@ def _train(args: argparse.Namespace) -> None:
 
     def folder() -> tuple[Path, bool]:
         """And whether to go on with what is in it."""
-        if group.restarted and not at_path:  # with the words that began the run
-            args.resume, args.overwrite, args.out = "auto", False, args.out or str(run_folder.newest(cfg.name))
+        begun = group.launcher and run_folder.begun_by(group.launcher, args.out, cfg.name)
+        if begun:  # with these words: a process has died since
+            args.resume, args.overwrite, args.out = args.resume or "auto", False, str(begun)
         found = run_folder.to_resume(args.resume, args.out, cfg.name) if args.resume else None
         new = found or run_folder.create(args.out, cfg.name, args.overwrite, resuming=args.resume == "auto")
+        args.lock = run_folder.lock(new)  # until the process ends
+        if group.launcher:
+            write_atomic(new / run_folder.LAUNCHER, group.launcher.encode())
         return new, found is not None
 
     group = Group.join()

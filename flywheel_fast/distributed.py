@@ -22,24 +22,24 @@ class Group:
     rank: int = 0
     world: int = 1
     gpu: int = 0  # of this machine's
-    restarted: bool = False  # by torchrun, after a process had died
+    launcher: str | None = None  # torchrun's name, the same when it starts all processes anew
 
     @classmethod
     def join(cls) -> "Group":
         """The processes that torchrun has started, on a GPU each where there are any; alone without it."""
         if not distributed.is_torchelastic_launched():
             return cls()
-        here, restarted = int(os.environ["LOCAL_RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
+        here, launcher = int(os.environ["LOCAL_RANK"]), f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}"
         if torch.cuda.is_available():
             torch.cuda.set_device(here)
         if os.environ["WORLD_SIZE"] == "1":
-            return cls(gpu=here, restarted=restarted)
+            return cls(gpu=here, launcher=launcher)
         store, rank, world = next(rendezvous("env://"))
         if os.environ["GROUP_WORLD_SIZE"] == "1":  # torchrun's store still has the addresses of those that died
             store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
-        return cls(rank, world, here, restarted)
+        return cls(rank, world, here, launcher)
 
     @property
     def device(self) -> torch.device:

@@ -83,8 +83,20 @@ class Learner:
         self.looked: nn.Module | None = None  # the averages as they were at the last look at all samples
         nesterov = config.momentum > 0
         self.optimizer = torch.optim.SGD(
-            self.network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=nesterov
+            self.network.parameters(),
+            config.lr,
+            config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=nesterov,
+            fused=True,
         )
+        if config.momentum:  # as a first step finds it; the fused kind wants that of all weights or of none
+            for weights in self.network.parameters():
+                self.optimizer.state[weights]["momentum_buffer"] = torch.zeros_like(weights)
+        # steps that were skipped [] int64: of the last ones, and since `skipped` was called; on the device, so that
+        # nothing waits for them
+        self.skipped_last, self.skipped_all = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self.sound = [buffer.clone() for buffer in self._statistics()]
         self.steps, self.total_steps = 0, config.epochs * steps_per_epoch
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(device))
 
@@ -110,14 +122,34 @@ class Learner:
         self.looked.load_state_dict(self.ema.state_dict())
 
     def step(self, loss: Tensor) -> None:
+        """A step down the loss []; the network stays as it is where a gradient is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.steps / self.total_steps)
         self.optimizer.zero_grad()
         loss.backward()
+        gradients = [weights.grad for weights in self.network.parameters() if weights.grad is not None]
+        unsound = nn.utils.get_total_norm(gradients).isfinite().logical_not()
+        self.optimizer.found_inf = unsound.float()
         self.optimizer.step()
-        self.group.mean([buffer for buffer in self.network.buffers() if buffer.is_floating_point()])
+        statistics = self._statistics()
+        self.group.mean(statistics)
+        for found, sound in zip(statistics, self.sound, strict=True):
+            found.copy_(torch.where(unsound, sound, found))
+            sound.copy_(found)
+        self.skipped_last = (self.skipped_last + 1) * unsound
+        self.skipped_all += unsound
         self.ema.update_parameters(self.network)
         self.steps += 1
+
+    def skipped(self) -> int:
+        """Steps that were skipped since this was last asked."""
+        count = int(self.skipped_all)
+        self.skipped_all.zero_()
+        return count
+
+    def _statistics(self) -> list[Tensor]:
+        """Running ones of batch normalisation, which a forward pass changes."""
+        return [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
 
     def state_dict(self) -> dict:
         return {
@@ -135,6 +167,7 @@ class Learner:
             self.look()
             self.looked.load_state_dict(state["looked"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.sound = [buffer.clone() for buffer in self._statistics()]
         self.steps = state["steps"]
 
 

@@ -1,10 +1,15 @@
-"""What is measured of an epoch: a row of metrics.csv."""
+"""What is measured of an epoch, a row of metrics.csv; and of the labels at the end."""
+
+import csv
+import io
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flywheel_fast import audit
+from flywheel_fast.checkpoint import write_atomic
 from flywheel_fast.cycle import Cycle
 from flywheel_fast.data.manifest import DROPPED, Manifest
 from flywheel_fast.data.pipelines import Loader
@@ -42,6 +47,21 @@ def waiting(rows: list[dict]) -> float:
     return sum(row["sec_data"] for row in rows) / max(sum(seconds(row) for row in rows), 1e-9)
 
 
+def write(rows: list[dict], out: Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(out / "metrics.csv", text.getvalue().encode())
+
+
+def summary(rows: list[dict]) -> dict:
+    """The last row's measures, and the best of the accuracies."""
+    looks = {name: [row[name] for row in rows if name in row] for name in MEASURES if "_acc_" in name}
+    last = {name: rows[-1][name] for name in MEASURES if name in rows[-1]}
+    return last | {f"best_{name}": max(values) for name, values in looks.items() if values}
+
+
 class Measures:
     def __init__(self, cycle: Cycle, train_set: Manifest, test_sets: dict[str, Manifest], loaders: dict[str, Loader]):
         self.cycle, self.train_set, self.test_sets, self.loaders = cycle, train_set, test_sets, loaders
@@ -51,7 +71,8 @@ class Measures:
         """The epoch that has just ended, without its seconds; `look` at the test sets too."""
         cycle, true = self.cycle, self.train_set.true_labels
         row: dict = {"cycle": epoch + 1, "lr": cycle.main.optimizer.param_groups[0]["lr"]}
-        row |= {f"loss_{name}": steps.mean().item() for name, steps in cycle.mean_losses().items()}
+        for name, steps in cycle.mean_losses().items():
+            row[f"loss_{name}"] = steps[steps.isfinite()].mean().item()  # the others were no steps
         with cycle.clock("eval"):
             for name in self.test_sets if look else ():
                 row |= self._accuracy(name)
@@ -63,7 +84,7 @@ class Measures:
                 alive = cycle.state.num_classes - len(cycle.state.merged_classes())
                 gamma = self.given_clean_prob().mean(dtype=torch.float64).item()  # of all, decided ones too
                 row |= {"gamma": gamma, "classes_alive": alive, "agreement": cycle.state.agreement}
-                if true is not None:
+                if true is not None and np.isfinite(gamma):
                     row |= self._quality(true)
         return row
 
@@ -74,6 +95,26 @@ class Measures:
             return state.clean_prob
         given = torch.as_tensor(self.train_set.labels, device=self.device)
         return torch.where(state.labels == given, state.clean_prob, 0)
+
+    def labels(self) -> audit.Labels:
+        """What the last E-steps say of them; the teacher must have been recalled."""
+        train_set, state = self.train_set, self.cycle.state
+        suspicion = state.suspicion.cpu().numpy()
+        return audit.Labels(
+            root=train_set.root,
+            files=train_set.files,
+            classes=train_set.classes,
+            given=train_set.labels,
+            true=train_set.true_labels,
+            clean_prob=self.given_clean_prob().cpu().numpy(),
+            suggested=state.suggested_label.cpu().numpy(),
+            suggested_prob=state.suggested_prob.cpu().numpy(),
+            entropy=state.entropy(self.cycle.config.posterior).cpu().numpy(),
+            networks_agree=state.agree.cpu().numpy(),
+            times_suspected=np.unpackbits(suspicion[:, None], axis=1).sum(axis=1, dtype=np.uint8),
+            posterior_sum=state.posterior_sum.cpu().numpy(),
+            reviewed=train_set.reviewed,
+        )
 
     def reviewed(self) -> tuple[int, int]:
         """Labels pinned and images dropped."""

@@ -9,6 +9,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeE
 from rich.table import Table
 from rich.text import Text
 
+from flywheel_fast.errors import Failure
+
 
 class Screen:
     """Without a log file it says nothing: one of several processes speaks for all."""
@@ -22,8 +24,7 @@ class Screen:
         if self.log_file is None:
             return
         self.console.print(text, style=style, markup=False)
-        with open(self.log_file, "a", encoding="utf-8") as file:
-            file.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+        self._log(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
 
     def warn(self, text: str) -> None:
         self.say(f"warning: {text}", style="yellow")
@@ -44,8 +45,14 @@ class Screen:
         for name, value in rows:
             table.add_row(Text(name), Text(value))
         self.console.print(table)
-        with open(self.log_file, "a", encoding="utf-8") as file:
-            file.writelines(f"{name:<32} {value}\n" for name, value in rows)
+        self._log("".join(f"{name:<32} {value}\n" for name, value in rows))
+
+    def _log(self, lines: str) -> None:
+        try:
+            with open(self.log_file, "a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError as error:
+            raise Failure(f"{self.log_file}: cannot be written ({error.strerror})") from error
 
 
 class _Rate(ProgressColumn):

@@ -1,6 +1,5 @@
 """The one assembler: a config becomes data, networks and state; the loop runs; the run folder fills."""
 
-import csv
 import io
 import json
 import time
@@ -28,6 +27,8 @@ from flywheel_fast.screen import Screen
 
 NOTABLE_WAITING = 0.05  # share of a run's time
 MOST_MERGERS = 3  # said of an epoch
+FORMAT = 2  # of checkpoints: what `_save` puts into them
+PATIENCE = 20  # steps one after another that may be skipped
 # Between a run and its resumption; moved data are recognised by their files and labels.
 MAY_CHANGE = {"name", "log", "eval_every", "optim.epochs"}
 MAY_CHANGE |= {"data.root", "data.images", "data.noise.file", "data.reviews", "data.threads", "data.cache_gb"}
@@ -76,7 +77,12 @@ class Trainer:
         self.reviews = reviews.summary(Path(config.data.reviews)) if config.data.reviews else None
         last = out / run_folder.CHECKPOINT
         saved = group.first(lambda: checkpoint.load_last(last, self.screen.warn)) if resume else None
-        if saved:
+        if saved is not None:
+            if saved.get("format") != FORMAT:
+                raise BadInput(
+                    f"checkpoint {last}: was written by another version of flywheel-fast; end the run with that one, "
+                    "or train in another --out"
+                )
             self.config = self._with_time_for_reviews(config, saved)
         self.memory = Memory.free(self.device, config.data.cache_gb, group.world)
         self.loader = self._loader(self.train_set, config.optim.balanced_batches)
@@ -85,7 +91,7 @@ class Trainer:
         self.measures = measures.Measures(self.cycle, self.train_set, self.test_sets, test_loaders)
         self.history: list[dict] = []  # a row an epoch, as in metrics.csv
         self.warned: set[str] = set()
-        if saved:
+        if saved is not None:
             self._restore(saved)
         self._review()
         self.config_text = configs.dump(self.config)
@@ -94,6 +100,17 @@ class Trainer:
 
     def run(self) -> None:
         """Raises Stopped where `pauses` want it, after a checkpoint."""
+        try:
+            self._train()
+        except torch.OutOfMemoryError as error:
+            size = self.config.optim.batch_size
+            raise Failure(
+                f"the device ran out of memory at optim.batch_size={size}: start anew with "
+                f"optim.batch_size={max(size // 2, 1)}, or with several processes (torchrun), which share a batch"
+            ) from error
+        self._close()
+
+    def _train(self) -> None:
         config, cycle, loader = self.config, self.cycle, self.loader
         if not self.group.rank:
             self._open()
@@ -106,12 +123,12 @@ class Trainer:
                 cycle.run(loader, epoch)
                 look = epoch + 1 == epochs or (epoch + 1) % config.eval_every == 0
                 self.history.append(self.measures.of(epoch, look))
+                self._say_skipped()
                 self._refuse_broken(self.history[-1])
                 self._save_epoch()
                 for sink in self.sinks:
                     sink.write(epoch + 1, self.history[-1])
                 self._say_epoch()
-        self._close()
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
@@ -231,13 +248,15 @@ class Trainer:
             self.screen.say(f"native ops {why_not}. The E-step runs on the PyTorch reference")
         if self.history or self.cycle.batch:
             self.screen.say(f"going on after {self._place()}")
-            self._write_metrics()  # may have had a row more than the checkpoint, or less
+            measures.write(self.history, self.out)  # may have had a row more than the checkpoint, or less
 
     # -- each batch ----------------------------------------------------------------------------------------------------
 
     def _pause(self, together: bool) -> None:
         if not together:
             return
+        if self.cycle.batch % PATIENCE == 0:
+            self._refuse_skipping()
         wish = self.group.most(2 * self.pauses.stop() + self.pauses.due(self.cycle.main.steps))
         if wish:
             self._save()
@@ -251,6 +270,7 @@ class Trainer:
     def _save(self) -> None:
         """All that the run has come to: with the config and the data, what is needed to go on."""
         state = {
+            "format": FORMAT,
             "config": configs.as_dict(self.config),
             "labels": self.train_set.digest,
             "reviews": self._reviews_digest(),
@@ -263,7 +283,25 @@ class Trainer:
             checkpoint.save(self.out / run_folder.CHECKPOINT, state)
         self.pauses.saved(self.cycle.main.steps)
 
+    def _refuse_skipping(self) -> None:
+        for name, learner in self.cycle.learners().items():
+            if learner.skipped_last >= PATIENCE:
+                self._save()
+                raise Failure(
+                    f"the {name} network's loss was not finite in {PATIENCE} steps one after another, up to "
+                    f"{self._place()}; the weights before them are kept in {self.out}: start anew with a lower "
+                    f"optim.lr (it is {self.config.optim.lr})"
+                )
+
     # -- each epoch ----------------------------------------------------------------------------------------------------
+
+    def _say_skipped(self) -> None:
+        for name, learner in self.cycle.learners().items():
+            if skipped := learner.skipped():
+                self.screen.warn(
+                    f"epoch {self.history[-1]['cycle']}: {skipped} steps of the {name} network were left out, because "
+                    "their loss was not finite; a lower optim.lr helps, or optim.precision=fp32"
+                )
 
     def _refuse_broken(self, row: dict) -> None:
         broken = [name for name in row if not np.isfinite(row[name])]
@@ -283,14 +321,7 @@ class Trainer:
         self._save()
         row["sec_save"] = round(time.perf_counter() - start, 4)
         if not self.group.rank:
-            self._write_metrics()
-
-    def _write_metrics(self) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, measures.COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(self.history)
-        checkpoint.write_atomic(self.out / "metrics.csv", text.getvalue().encode())
+            measures.write(self.history, self.out)
 
     def _say_epoch(self) -> None:
         row, epochs = self.history[-1], self.config.optim.epochs
@@ -326,7 +357,7 @@ class Trainer:
         meta = {"flywheel_fast": json.dumps({"classes": self.train_set.classes, "config": self.config_text})}
         weights = {key: value.contiguous() for key, value in inference.ema.module.state_dict().items()}
         checkpoint.write_atomic(self.out / "weights" / "model.safetensors", to_safetensors(weights, meta))
-        labels = self._labels() if self.cycle.aux else None
+        labels = self.measures.labels() if self.cycle.aux else None
         with self.screen.console.status("writing labels and plots"):
             if labels:
                 audit.write_labels(labels, self.out / "labels")
@@ -339,35 +370,11 @@ class Trainer:
             sink.close()
         self.screen.table("\nResult", self._result(labels))
 
-    def _labels(self) -> audit.Labels:
-        train_set, state = self.train_set, self.cycle.state
-        suspicion = state.suspicion.cpu().numpy()
-        return audit.Labels(
-            root=train_set.root,
-            files=train_set.files,
-            classes=train_set.classes,
-            given=train_set.labels,
-            true=train_set.true_labels,
-            clean_prob=self.measures.given_clean_prob().cpu().numpy(),
-            suggested=state.suggested_label.cpu().numpy(),
-            suggested_prob=state.suggested_prob.cpu().numpy(),
-            entropy=state.entropy(self.config.cycle.posterior).cpu().numpy(),
-            networks_agree=state.agree.cpu().numpy(),
-            times_suspected=np.unpackbits(suspicion[:, None], axis=1).sum(axis=1, dtype=np.uint8),
-            posterior_sum=state.posterior_sum.cpu().numpy(),
-            reviewed=train_set.reviewed,
-        )
-
     def _record(self) -> dict:
         """For result.json: what tables of runs are made of."""
-        last = {name: self.history[-1][name] for name in measures.MEASURES if name in self.history[-1]}
-        looks = {
-            name: [row[name] for row in self.history if name in row] for name in measures.MEASURES if "_acc_" in name
-        }
         names = self.train_set.classes
         return {
-            **last,
-            **{f"best_{name}": max(values) for name, values in looks.items() if values},
+            **measures.summary(self.history),
             "images": len(self.train_set.labels),
             "bad_files": len(self.bad_files),
             "epochs": len(self.history),
