@@ -4,9 +4,11 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -89,15 +91,17 @@ def train(
 ) -> Run:
     """Trains as `flywheel-fast train CONFIG key=value ...` does, and returns the run.
 
-    `images`: a folder of class folders, a CSV or Parquet file; an array [N, H, W] or [N, H, W, 3] uint8 with `labels`
-    [N]; a torchvision data set or any sequence of (PIL image, label); None: the data of the config.
+    `images`: a folder of class folders, a CSV or Parquet file; N paths of image files, or an array [N, H, W] or
+    [N, H, W, 3] uint8, with `labels` [N]; a torchvision data set or any sequence of (PIL image, label); None: the data
+    of the config.
     `labels`, `true_labels` [N]: numbers, or class names; `classes` [C]: names of the numbers.
     `test`: (images, labels), or such a sequence, to be tested on; without it a share of the images is set aside.
     `changes`: words as on the command line, such as "optim.epochs=8". Noise is added where they say so, whatever the
     config has for data of its own.
     `out`: the run's folder, which must be new (default: runs/NAME).
 
-    Arrays and sequences are written once as PNG files into the cache; image i of the training set is train/000000i.png.
+    Files are read where they are, and named from the deepest folder that holds all of them. Arrays and sequences are
+    written once as PNG files into the cache; image i of the training set is train/000000i.png.
     Raises BadInput for what cannot be trained on.
     """
     words = [*_data(images, labels, classes, true_labels, test), *changes]
@@ -106,7 +110,8 @@ def train(
     settings = configs.load(Config, config, words)
     folder = run_folder.create(str(out) if out else None, settings.name, overwrite=False, resuming=False)
     try:
-        Trainer(settings, folder).run()
+        with run_folder.lock(folder):
+            Trainer(settings, folder).run()
     except BadInput:
         run_folder.leave(folder)
         raise
@@ -132,14 +137,28 @@ def _data(images, labels, classes, true_labels, test) -> list[str]:
     if test is not None:
         pair = isinstance(test, tuple) and len(test) == 2
         parts.append(("test", *_samples(*(test if pair else (test, None)), "test"), None))
-    rows, pictures = _table(parts, names)
+    if _are_files(train[0]):
+        return _of_files(parts, names)
+    rows = _table(parts, names, lambda split, number, image: f"{split}/{number:07}.png")
     sha = hashlib.sha256()
-    for name, content in pictures():
+    for name, content in _pictures(parts):
         sha.update(f"{name}\0{len(content)}\0".encode() + content)
     sha.update(rows)
-    files = ((name, content) for part in (pictures(), [(TABLE, rows)]) for name, content in part)
+    files = ((name, content) for part in (_pictures(parts), [(TABLE, rows)]) for name, content in part)
     root = cache.made_once(f"arrays-{sha.hexdigest()[:16]}", files, sum(len(part[1]) for part in parts))
     return ["data.source=csv", f"data.root={root / TABLE}"]
+
+
+def _of_files(parts: list[tuple], names: Sequence[str] | None) -> list[str]:
+    """A table in the cache of files that stay where they are."""
+    for split, images, _, _ in parts:
+        if not _are_files(images):
+            raise BadInput(f"{split}: is no list of files, but the training images are; give files for both")
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for part in parts for file in part[1]])
+    rows = _table(parts, names, lambda split, number, file: os.path.relpath(file, root))
+    name = f"files-{hashlib.sha256(rows).hexdigest()[:16]}"
+    table = cache.made_once(name, [(TABLE, rows)], total=1) / TABLE
+    return ["data.source=csv", f"data.root={table}", f"data.images={root}"]
 
 
 def _is_image_folder(images) -> bool:
@@ -149,7 +168,11 @@ def _is_image_folder(images) -> bool:
 
 
 def _samples(images, labels, what: str) -> tuple[Sequence, list]:
-    """Images, each an array or a PIL image, and their labels."""
+    """Images, each an array, a PIL image or a path, and their labels."""
+    if _are_files(images):
+        if labels is None:
+            raise BadInput(f"{what}: a list of files needs labels")
+        images = list(images)
     if labels is None:
         if hasattr(images, "ndim") or not hasattr(images, "__len__"):
             raise BadInput(f"{what}: an array needs labels; a data set without them must yield (image, label)")
@@ -159,6 +182,10 @@ def _samples(images, labels, what: str) -> tuple[Sequence, list]:
     if len(images) != len(labels):
         raise BadInput(f"{what}: {len(images):,} images, but {len(labels):,} labels")
     return images, _list(labels)
+
+
+def _are_files(images) -> bool:
+    return hasattr(images, "__getitem__") and isinstance(next(iter(images), None), str | os.PathLike)
 
 
 class _Firsts:
@@ -178,8 +205,8 @@ def _list(labels) -> list:
     return labels.tolist() if hasattr(labels, "tolist") else list(labels)
 
 
-def _table(parts: list[tuple], names: Sequence[str] | None):
-    """The table of all images as CSV, and a function that yields name and content of each."""
+def _table(parts: list[tuple], names: Sequence[str] | None, file_name: Callable[[str, int, Any], str]) -> bytes:
+    """The table of all images as CSV; `file_name` of split, number and image."""
     text = io.StringIO()
     writer = csv.writer(text)
     known = parts[0][3] is not None
@@ -189,15 +216,15 @@ def _table(parts: list[tuple], names: Sequence[str] | None):
             raise BadInput(f"true_labels: {len(true):,} of them, but {len(images):,} images")
         true = labels if true is None else _list(true)  # those of the test split count as right
         for number, (label, right) in enumerate(zip(labels, true, strict=True)):
-            cells = [_name(label, names)] + [split] + [_name(right, names)] * known
-            writer.writerow([f"{split}/{number:07}.png", *cells])
+            name = file_name(split, number, images[number])
+            writer.writerow([name, _name(label, names), split] + [_name(right, names)] * known)
+    return text.getvalue().encode("utf-8", "surrogateescape")
 
-    def pictures() -> Iterator[tuple[str, bytes]]:
-        for split, images, _, _ in parts:
-            for number in range(len(images)):
-                yield f"{split}/{number:07}.png", _png(images[number], f"{split} image {number}")
 
-    return text.getvalue().encode(), pictures
+def _pictures(parts: list[tuple]) -> Iterator[tuple[str, bytes]]:
+    for split, images, _, _ in parts:
+        for number in range(len(images)):
+            yield f"{split}/{number:07}.png", _png(images[number], f"{split} image {number}")
 
 
 def _name(label, names: Sequence[str] | None) -> str:

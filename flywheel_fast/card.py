@@ -48,7 +48,7 @@ RUN is this folder. Input: RGB, {size} x {size} pixels. {classes}
 
 - It knows these classes alone, and pictures like those that it was trained on.
 - {tested}
-- `label_score` is what the two networks make of a label; on people's mistakes it has been overconfident.
+- `label_score` is what the two networks make of a label; on natural images it has been overconfident.
 
 `config.yaml` repeats the run, `env.json` has its versions; `result.json` the figures.
 """

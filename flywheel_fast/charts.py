@@ -3,15 +3,16 @@
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from flywheel_fast.audit import Labels, calibration
+from flywheel_fast.audit import Labels, calibration, short
 from flywheel_fast.data.manifest import NOT_REVIEWED
+from flywheel_fast.embedding import CLASSES, Embedding
 
 LEFT, RIGHT, TOP, BOTTOM = 46, 344, 12, 194  # edges of the plot in the drawing
 Line = tuple[str, np.ndarray, np.ndarray]  # name, x [K], y [K], none of them nan
 
 
 def over_epochs(title: str, lines: list[Line], percent: bool = True) -> dict:
-    """The scale leaves room above and below, so that a flat curve does not look eventful."""
+    """Of shares. The scale leaves room above and below, so that a flat curve does not look eventful."""
     x, y = (np.concatenate([line[k] for line in lines]) for k in (1, 2))
     spare = max(0.05 * np.ptp(y), 0.01)
     form = "{:.1%}" if percent else "{:.3f}"
@@ -21,8 +22,8 @@ def over_epochs(title: str, lines: list[Line], percent: bool = True) -> dict:
         "axis": "epoch",
         "x": [(across(value), f"{value:.0f}") for value in _ticks(x.min(), x.max(), integer=True)],
         "y": [
-            (up(value), f"{100 * value:g}%" if percent else f"{value:.3g}")
-            for value in _ticks(y.min() - spare, y.max() + spare)
+            (up(value), f"{100 * value:g}%" if percent else f"{value:g}")
+            for value in _ticks(y.min() - spare, min(y.max() + spare, 1))
         ],
         "lines": [
             {
@@ -95,6 +96,26 @@ def histogram(labels: Labels, bins: int = 40) -> dict:
         "bars": [
             {"name": f"{values.sum():,} {name}", "color": color, "value": "", "boxes": boxes(values)}
             for color, (name, values) in enumerate(counts.items())
+        ],
+    }
+
+
+def plane(found: Embedding) -> dict:
+    """Test images as points, each class in its colour and named at its middle."""
+    (left, top), (right, bottom) = found.points.min(axis=0), found.points.max(axis=0)
+    x, y = _scale(left, right, 8, 352)(found.points[:, 0]), _scale(top, bottom, 8, 222)(found.points[:, 1])
+    shown = np.unique(found.labels).tolist()
+    of = f", of the first {CLASSES} classes" if len(found.classes) > CLASSES else ""
+    return {
+        "title": f"{len(found.points):,} of {found.available:,} test images{of}",
+        "groups": [
+            {
+                "name": short(str(found.classes[label]), 14),
+                "hue": round(360 * number / len(shown)),
+                "points": list(zip(x[found.labels == label], y[found.labels == label], strict=True)),
+                "middle": (np.median(x[found.labels == label]), np.median(y[found.labels == label])),
+            }
+            for number, label in enumerate(shown)
         ],
     }
 

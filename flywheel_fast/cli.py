@@ -8,9 +8,9 @@ import os
 import sys
 from pathlib import Path
 
-from flywheel_fast.errors import BadInput, Failure
+from flywheel_fast.errors import BadInput, Failure, Stopped
 
-EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 130
 FORMATS = ("csv", "label-studio", "cvat", "fiftyone", "folder")
 EXPORTS = ("onnx", "torchscript", "safetensors")
 EXAMPLES = """examples:
@@ -38,9 +38,11 @@ def main(words: list[str] | None = None) -> int:
         return _ended(args, error, EXIT_BAD_INPUT)
     except Failure as error:
         return _ended(args, error, EXIT_FAILURE)
+    except Stopped as error:
+        return _ended(args, error, EXIT_STOPPED)
     except KeyboardInterrupt:
         folder = getattr(args, "resumable", None)
-        how = f"; `flywheel-fast train --resume {folder}` goes on after the last finished epoch" if folder else ""
+        how = f"; `flywheel-fast train --resume {folder}` goes on from the last checkpoint" if folder else ""
         print(f"\ninterrupted{how}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `flywheel-fast config ls | head`
@@ -80,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/NAME, numbered when taken)")
     train.add_argument(
         "--resume", metavar="auto|PATH", help="go on from a run's last checkpoint; auto: if there is one"
+    )
+    train.add_argument(
+        "--checkpoint-every",
+        default="30m",
+        metavar="N|Nm",
+        help="steps, or minutes, between two checkpoints within an epoch; each epoch ends with one (default: 30m)",
     )
     train.add_argument("--overwrite", action="store_true", help="replace the run that stands in the folder")
     train.set_defaults(run=_train)
@@ -175,8 +183,12 @@ def _config_and_changes(words: list[str], default: str | None = "digits") -> tup
 
 def _train(args: argparse.Namespace) -> None:
     from flywheel_fast import config, run_folder
+    from flywheel_fast.checkpoint import write_atomic
+    from flywheel_fast.distributed import Group
+    from flywheel_fast.pauses import Pauses
     from flywheel_fast.trainer import Config, Trainer
 
+    pauses = Pauses(args.checkpoint_every)
     if args.resume and args.overwrite:
         raise BadInput("--resume and --overwrite exclude each other; leave one out")
     at_path = args.resume not in (None, "auto")
@@ -184,16 +196,33 @@ def _train(args: argparse.Namespace) -> None:
     if at_path and name is None:
         name = str(run_folder.to_resume(args.resume, args.out, "") / "config.yaml")
     cfg = config.load(Config, name, changes)
-    folder = run_folder.to_resume(args.resume, args.out, cfg.name) if args.resume else None
-    out = folder or run_folder.create(args.out, cfg.name, args.overwrite, resuming=args.resume == "auto")
+
+    def folder() -> tuple[Path, bool]:
+        """And whether to go on with what is in it."""
+        begun = group.launcher and run_folder.begun_by(group.launcher, args.out, cfg.name)
+        if begun:  # with these words: a process has died since
+            args.resume, args.overwrite, args.out = args.resume or "auto", False, str(begun)
+        found = run_folder.to_resume(args.resume, args.out, cfg.name) if args.resume else None
+        new = found or run_folder.create(args.out, cfg.name, args.overwrite, resuming=args.resume == "auto")
+        args.lock = run_folder.lock(new)  # until the process ends
+        if group.launcher:
+            write_atomic(new / run_folder.LAUNCHER, group.launcher.encode())
+        return new, found is not None
+
+    group = Group.join()
+    out, resume = group.first(folder)
     try:
-        Trainer(cfg, out, resume=folder is not None).run()
+        with pauses.listening():
+            Trainer(cfg, out, resume, pauses, group).run()
     except KeyboardInterrupt:
         args.resumable = out if run_folder.resumable(out) else None
         raise
     except BadInput:
-        run_folder.leave(out)
+        if not group.rank:
+            run_folder.leave(out)
         raise
+    finally:
+        group.leave()
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
 """The cycle of the method: two interlinked EM cycles on one objective, the four steps top to bottom.
 
 Kim et al., "Learning with Noisy Labels: Interconnection of Two Expectation-Maximizations", arXiv 2401.04390, Figure 2.
-It owns no files and no readers: a loader is anything with `epoch(number, views)` and `sweep()` that yields pairs
-(index [B], views: a tuple of images [B, 3, H, W]).
+It owns no files and no readers: a loader is anything with `epoch(number, views, start)`, `len()` batches of which the
+first `start` are left out, and `sweep()`; both yield pairs (index [B], views: a tuple of images [B, 3, H, W]).
 """
 
 import time
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flywheel_fast.distributed import ALONE, Group
 from flywheel_fast.em import EMState, Expectation
 from flywheel_fast.learner import Learner
 from flywheel_fast.losses import ntxent
@@ -86,24 +87,33 @@ class Clock:
 
 
 class Cycle:
-    """Main network g, auxiliary network f, and what is known of each sample."""
+    """Main network g, auxiliary network f, what is known of each sample, and how far the epoch under way has come.
 
-    def __init__(self, config: CycleConfig, main: Learner, aux: Learner | None, state: EMState):
-        self.config, self.main, self.aux, self.state = config, main, aux, state
+    Between two batches, when `on_batch` is called, `state_dict` holds all that is needed to go on from there. With
+    several processes each has a part of every batch, and looks at a share of the samples.
+    """
+
+    def __init__(self, config: CycleConfig, main: Learner, aux: Learner | None, state: EMState, group: Group = ALONE):
+        self.config, self.main, self.aux, self.state, self.group = config, main, aux, state, group
         self.clock = Clock()
-        self.on_images: Callable[[int], None] = lambda count: None  # told how many images each batch had
+        # told how many images a batch had, and whether all processes have now come equally far; may raise
+        self.on_batch: Callable[[int, bool], None] = lambda images, together: None
+        self.batch = 0  # training batches of the epoch under way that are done; all: the E-steps, from their start
         self.losses: dict[str, list[Tensor]] = {}  # name -> [] of each step of the last epoch
 
     def run(self, loader, epoch: int) -> None:
-        """One epoch: plain cross-entropy, warm-up, or the M-steps; once the warm-up has ended, the E-steps follow."""
-        self.losses = {}
+        """One epoch: plain cross-entropy, warm-up, or the M-steps; once the warm-up has ended, the E-steps follow.
+        An epoch that was cut off goes on after `batch`."""
+        if not self.batch:
+            self.losses = {}
+            self.clock.seconds.clear()
         if self.config.kind == "cross_entropy":
             self.main_alone(loader, epoch)
-            return
-        if epoch < self.config.warmup:
+        elif epoch < self.config.warmup:
             self.warm_up(loader, epoch)
         else:
-            self.recall(loader)
+            if self.batch < len(loader):
+                self.recall(loader)
             self.msteps(loader, epoch)
         if self.expecting(epoch):
             if self.finding_noise(epoch):
@@ -111,6 +121,7 @@ class Cycle:
                 with self.clock("em"):
                     self.state.find_noise(self.config.posterior)
             self.esteps(loader)
+        self.batch = 0
 
     def expecting(self, epoch: int) -> bool:
         """Whether this epoch ends with the E-steps."""
@@ -130,24 +141,25 @@ class Cycle:
         return looks * swept + views * drawn
 
     def main_alone(self, loader, epoch: int) -> None:
-        for index, (weak,) in self._batches(loader.epoch(2 * epoch, ("weak",))):
+        for index, (weak,) in self._training(loader, epoch, ("weak",)):
             with self.clock("train"):
-                self._step("main", self.main, F.cross_entropy(self.main.forward(weak), self.state.labels[index]))
+                loss = F.cross_entropy(self.main.forward(weak), self.state.labels[index])
+                self._step("main", self.main, loss, index)
 
     def warm_up(self, loader, epoch: int) -> None:
         """Both networks learn the observed labels."""
-        for index, (weak, strong) in self._batches(loader.epoch(2 * epoch, ("weak", "strong"))):
+        for index, (weak, strong) in self._training(loader, epoch, ("weak", "strong")):
             labels = self.state.labels[index]
             with self.clock("train"):
-                self._step("main", self.main, F.cross_entropy(self.main.forward(weak), labels))
+                self._step("main", self.main, F.cross_entropy(self.main.forward(weak), labels), index)
                 logits = self.aux.forward(torch.cat([weak, strong]))
-                self._step("aux", self.aux, F.cross_entropy(logits, torch.cat([labels, labels])))
+                self._step("aux", self.aux, F.cross_entropy(logits, torch.cat([labels, labels])), index)
 
     def msteps(self, loader, epoch: int) -> None:
         """Steps 3 and 4: f learns q on a weak and a strong view, g its target under the confidence regulariser."""
         config, contrastive = self.config, self.config.contrastive > 0
         views = ("weak", "strong") + ("strong2",) * contrastive
-        for index, augmented in self._batches(loader.epoch(2 * epoch, views)):
+        for index, augmented in self._training(loader, epoch, views):
             with self.clock("train"):
                 output = self.aux.forward(torch.cat(augmented), project=contrastive)
                 logits, embeddings = output if contrastive else (output, None)
@@ -155,34 +167,45 @@ class Cycle:
                 if contrastive:
                     _, first, second = embeddings.chunk(3)
                     loss = loss + config.contrastive * ntxent(first, second, config.temperature)
-                self._step("aux", self.aux, loss)
+                self._step("aux", self.aux, loss, index)
                 logits = self.main.forward(augmented[0])
                 loss = self.state.loss(index, logits, config.target, config.posterior, config.confidence, config.delta)
-                self._step("main", self.main, loss)
+                self._step("main", self.main, loss, index)
 
     def esteps(self, loader) -> None:
         """Steps 1 and 2: w_i by Bayes' rule from g, gamma and eps_i; q_i from w_i, the teacher and T_c; the refurbished
         label of every sample, and the next eps_i, T_c and gamma."""
         expectation = Expectation(self.state, self.config.posterior)
         self.look(loader, expectation.add)
+        expectation.unite(self.group)
         expectation.finish(self.config.aligned, self.config.smoothing if self.config.noise_model == "em" else None)
 
     def recall(self, loader) -> None:
-        """The teacher's logits, which a checkpoint does not hold."""
+        """The teacher's logits, which a checkpoint does not hold: as the last look found them."""
         if self.state.teacher is None:
-            self.look(loader)
+            self._sweep(loader)
 
     def look(self, loader, use: Callable[[Tensor, Tensor, Tensor], None] | None = None) -> None:
         """Both networks on the clean view of every sample: the teacher's logits are kept; `use` is given the samples
         [B], the main network's and the teacher's logits [B, C]."""
-        for index, (clean,) in self._batches(loader.sweep()):
+        self.main.look()
+        self.aux.look()
+        self._sweep(loader, use)
+
+    def _sweep(self, loader, use: Callable[[Tensor, Tensor, Tensor], None] | None = None) -> None:
+        own = torch.zeros_like(self.state.agree)  # [N]
+        for index, (clean,) in self.clock.waiting(loader.sweep()):
             with self.clock("infer"):
-                main, aux = self.main.predict(clean), self.aux.predict(clean)
+                main = self.main.predict(clean, self.main.looked)
+                aux = self.aux.predict(clean, self.aux.looked)
             with self.clock("em"):
                 teacher = self.state.teach(index, main, aux, self.config.teacher == "both")
                 self.state.agree[index] = main.argmax(dim=1) == aux.argmax(dim=1)
+                own[index] = True
                 if use:
                     use(index, main, teacher)
+            self.on_batch(len(index), self.group.world == 1)
+        self.group.union(own, [self.state.teacher, self.state.agree])
 
     def learners(self) -> dict[str, Learner]:
         return {"main": self.main} | ({"aux": self.aux} if self.aux else {})
@@ -193,18 +216,32 @@ class Cycle:
 
     def state_dict(self) -> dict:
         learners = {name: learner.state_dict() for name, learner in self.learners().items()}
-        return learners | {"state": self.state.state_dict()}
+        under_way = {"batch": self.batch, "losses": self.mean_losses(), "seconds": dict(self.clock.seconds)}
+        return learners | {"state": self.state.state_dict()} | under_way
 
     def load_state_dict(self, saved: dict) -> None:
         for name, learner in self.learners().items():
             learner.load_state_dict(saved[name])
         self.state.load_state_dict(saved["state"])
+        self.batch = saved["batch"]
+        self.losses = {name: list(steps.to(self.state.labels.device)) for name, steps in saved["losses"].items()}
+        self.clock.seconds.update(saved["seconds"])
 
-    def _batches(self, batches: Iterable) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-        for index, views in self.clock.waiting(batches):
-            yield index, views
-            self.on_images(len(index) * len(views))
+    def mean_losses(self) -> dict[str, Tensor]:
+        """name -> [] of each step of the last epoch [S], over the whole batches."""
+        losses = {name: torch.stack(steps) for name, steps in self.losses.items()}
+        self.group.mean(list(losses.values()))
+        return losses
 
-    def _step(self, name: str, learner: Learner, loss: Tensor) -> None:
+    def _training(self, loader, epoch: int, views: tuple[str, ...]) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """The epoch's batches that are not done yet."""
+        for index, images in self.clock.waiting(loader.epoch(2 * epoch, views, self.batch)):
+            yield index, images
+            self.batch += 1
+            self.on_batch(len(index) * len(images), True)
+
+    def _step(self, name: str, learner: Learner, loss: Tensor, index: Tensor) -> None:
+        """loss []: the mean over the samples `index` [B]."""
+        loss = loss * self.group.share(len(index))
         learner.step(loss)
         self.losses.setdefault(name, []).append(loss.detach())

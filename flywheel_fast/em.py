@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flywheel_fast import ops
+from flywheel_fast.distributed import Group
 
 SUREST = 0.3  # of a class's samples, that its noise is read from
 RATES = (1e-3, 1 - 1e-6)  # a gamma beyond them would never come back
@@ -220,10 +221,16 @@ class EMState:
 
 
 class Expectation:
-    """Steps 1 and 2 for all samples, in one look through both networks: w, resampled labels, eps; gamma and T_c."""
+    """Steps 1 and 2 for all samples, in one look through both networks: w, resampled labels, eps; gamma and T_c.
+
+    The state stays as it is until `finish`: a look that is cut off can be begun again.
+    """
 
     def __init__(self, state: EMState, kind: str):
         self.state, self.kind = state, kind
+        names = ("clean_prob", "resampled_label", "suggested_label", "suggested_prob", "eps")
+        self.found = {name: getattr(state, name).clone() for name in names}  # each [N]
+        self.own = torch.zeros_like(state.agree)  # [N]: added here, not by another process
         self.sums = ops.AuxEStep.empty(0, state.num_classes, state.labels.device)
         # the op knows one gamma for all: the odds of each label's own go to its eps
         self.gamma = torch.full_like(state.gamma, 0.5)
@@ -235,16 +242,22 @@ class Expectation:
         eps = state.eps[index] * self.odds[labels]
         out = torch.empty_like(eps), torch.zeros_like(self.gamma), self.sums.of_others(len(index))
         found = ops.em_step(main, teacher, labels, self.gamma, eps, state.corruption, state.align, self.kind, out)
-        state.clean_prob[index], _, step = found
-        state.resampled_label[index] = step.resampled_label
-        state.suggested_label[index] = step.suggested_label
-        state.suggested_prob[index] = step.suggested_prob
-        state.eps[index] = step.eps
+        clean_prob, _, step = found
+        for name, values in self.found.items():
+            values[index] = clean_prob if name == "clean_prob" else getattr(step, name)
+        self.own[index] = True
+
+    def unite(self, group: Group) -> None:
+        """With what the other processes have added."""
+        group.union(self.own, list(self.found.values()))
+        group.sum(self.sums[4:])
 
     def finish(self, aligned: bool, smoothing: float | None) -> None:
         """gamma the mean of w, and T_c(y, j) proportional to smoothing/C + corrupted_sum, rows normalised, diagonal
         zero; without a smoothing gamma_y and T_c are those of the surest samples. New alignment."""
         state, c, reviews = self.state, self.state.num_classes, self.state.reviews
+        for name, values in self.found.items():
+            setattr(state, name, values)
         state.pin()
         if reviews:  # decided labels counted as observed and clean, but it is the given ones that are spoken of
             self.sums.corrupted_sum.add_(reviews.corrected)

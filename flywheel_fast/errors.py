@@ -1,4 +1,4 @@
-"""The two ways in which a run ends early; the command line turns them into one sentence and an exit status."""
+"""The ways in which a run ends early; the command line turns them into one sentence and an exit status."""
 
 
 class BadInput(Exception):
@@ -7,3 +7,7 @@ class BadInput(Exception):
 
 class Failure(Exception):
     """Something broke while running (exit 1): names what broke, and how to go on."""
+
+
+class Stopped(Exception):
+    """A signal asked for it, and everything is saved (exit 75, a scheduler's "try again")."""

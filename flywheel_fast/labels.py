@@ -327,7 +327,7 @@ def _as_it_came(
     data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
     if data["source"] != "csv" or Path(data["root"]).suffix.lower() != ".csv":  # folders, Parquet, an imagefolder
         return ["file_name", "label"], corrected.items()
-    source = root / Path(data["root"]).name
+    source = Path(data["root"]) if data.get("images") else root / Path(data["root"]).name
     try:
         with open(source, newline="", encoding="utf-8-sig") as file:
             header, *rows = (row for row in csv.reader(file) if row)

@@ -1,6 +1,7 @@
 """A network being trained: its optimiser, its schedule, and the moving average that E-steps and inference use."""
 
 import contextlib
+import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -9,13 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from flywheel_fast.distributed import ALONE, Group
+from flywheel_fast.errors import BadInput
+
 
 @dataclass(frozen=True)
 class OptimConfig:
     epochs: int = 40
     """Passes over the training set (see balanced_batches), warm-up included; after it one epoch is one cycle."""
     batch_size: int = 64
-    """Samples a step."""
+    """Samples a step, of all processes together."""
     balanced_batches: int | None = None
     """Batches of an epoch that has as many samples of each given label as of any other; null: an epoch is every sample
     once. E-steps look at every sample all the same."""
@@ -29,6 +33,8 @@ class OptimConfig:
     """Learning rate over the run: cosine to zero; onecycle: up for a tenth, then cosine; constant."""
     ema_decay: float = 0.98
     """Decay of the weights' moving average, a step; 0: E-steps and inference use the raw weights."""
+    sync_batchnorm: bool = False
+    """Of several processes: batch normalisation over the batches of all. On GPUs only."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the networks; auto: bf16 where the processor has it."""
 
@@ -57,15 +63,40 @@ class OptimConfig:
 class Learner:
     """One network with everything that training it needs; images go in channels-last."""
 
-    def __init__(self, network: nn.Module, config: OptimConfig, steps_per_epoch: int, device: torch.device):
-        self.config, self.device = config, device
+    def __init__(
+        self,
+        network: nn.Module,
+        config: OptimConfig,
+        steps_per_epoch: int,
+        device: torch.device,
+        group: Group = ALONE,
+    ):
+        self.config, self.device, self.group = config, device, group
+        if config.sync_batchnorm and group.world > 1:
+            if device.type == "cpu":
+                raise BadInput("optim.sync_batchnorm=true: torch has it for GPUs only; leave it out")
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.network = network.to(device, memory_format=torch.channels_last)
+        self.parallel = group.parallel(self.network, all_used=getattr(network, "projection", None) is None)
         self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
         self.ema.eval()
+        self.looked: nn.Module | None = None  # the averages as they were at the last look at all samples
         nesterov = config.momentum > 0
         self.optimizer = torch.optim.SGD(
-            self.network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=nesterov
+            self.network.parameters(),
+            config.lr,
+            config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=nesterov,
+            fused=True,
         )
+        if config.momentum:  # as a first step finds it; the fused kind wants that of all weights or of none
+            for weights in self.network.parameters():
+                self.optimizer.state[weights]["momentum_buffer"] = torch.zeros_like(weights)
+        # steps that were skipped [] int64: of the last ones, and since `skipped` was called; on the device, so that
+        # nothing waits for them
+        self.skipped_last, self.skipped_all = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self.sound = [buffer.clone() for buffer in self._statistics()]
         self.steps, self.total_steps = 0, config.epochs * steps_per_epoch
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(device))
 
@@ -76,7 +107,7 @@ class Learner:
         """Training mode, with gradients: images [B, 3, H, W] -> logits [B, C] (and embeddings)."""
         self.network.train()
         with self.autocast():
-            return self.network(images.contiguous(memory_format=torch.channels_last), project)
+            return self.parallel(images.contiguous(memory_format=torch.channels_last), project)
 
     @torch.no_grad()
     def predict(self, images: Tensor, network: nn.Module | None = None) -> Tensor:
@@ -84,19 +115,47 @@ class Learner:
         with self.autocast():
             return (network or self.ema)(images.contiguous(memory_format=torch.channels_last))
 
+    def look(self) -> None:
+        """Keeps the averages as they are, so that what they say of the samples can be found again while they go on."""
+        if self.looked is None:
+            self.looked = copy.deepcopy(self.ema)
+        self.looked.load_state_dict(self.ema.state_dict())
+
     def step(self, loss: Tensor) -> None:
+        """A step down the loss []; the network stays as it is where a gradient is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.steps / self.total_steps)
         self.optimizer.zero_grad()
         loss.backward()
+        gradients = [weights.grad for weights in self.network.parameters() if weights.grad is not None]
+        unsound = nn.utils.get_total_norm(gradients).isfinite().logical_not()
+        self.optimizer.found_inf = unsound.float()
         self.optimizer.step()
+        statistics = self._statistics()
+        self.group.mean(statistics)
+        for found, sound in zip(statistics, self.sound, strict=True):
+            found.copy_(torch.where(unsound, sound, found))
+            sound.copy_(found)
+        self.skipped_last = (self.skipped_last + 1) * unsound
+        self.skipped_all += unsound
         self.ema.update_parameters(self.network)
         self.steps += 1
+
+    def skipped(self) -> int:
+        """Steps that were skipped since this was last asked."""
+        count = int(self.skipped_all)
+        self.skipped_all.zero_()
+        return count
+
+    def _statistics(self) -> list[Tensor]:
+        """Running ones of batch normalisation, which a forward pass changes."""
+        return [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
 
     def state_dict(self) -> dict:
         return {
             "network": self.network.state_dict(),
             "ema": self.ema.state_dict(),
+            "looked": self.looked.state_dict() if self.looked else None,
             "optimizer": self.optimizer.state_dict(),
             "steps": self.steps,
         }
@@ -104,7 +163,11 @@ class Learner:
     def load_state_dict(self, state: dict) -> None:
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])
+        if state["looked"]:
+            self.look()
+            self.looked.load_state_dict(state["looked"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.sound = [buffer.clone() for buffer in self._statistics()]
         self.steps = state["steps"]
 
 

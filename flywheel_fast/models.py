@@ -93,7 +93,8 @@ def _timm(name: str, pretrained: bool) -> tuple[nn.Module, int]:
         raise BadInput(
             f"timm/{name}: pretrained weights cannot be had ({error}); give a file by model.*.weights"
         ) from error
-    return backbone, backbone.num_features
+    # Where a family has a layer between its last features and the head (MobileNetV3, for one), that one's width.
+    return backbone, getattr(backbone, "head_hidden_size", backbone.num_features)
 
 
 def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from flywheel_fast import config as configs
 from flywheel_fast import models
@@ -50,15 +51,26 @@ class Predictor:
 
     def probabilities(self, files: list[Path]) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Probabilities [K, C] float32 of the K files that can be read, which ones they are [K], and what broke."""
+        logits, index, broken = self._outputs(files, None, len(self.classes))
+        return logits.softmax(dim=1).numpy(), index, broken
+
+    def features(self, files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+        """What the head sees, [K, D] float32, of the K files that can be read; and which ones they are [K]."""
+        network = self.learner.ema.module
+        found, index, _ = self._outputs(files, network.backbone, network.head.in_features)
+        return found.numpy(), index
+
+    def _outputs(self, files: list[Path], part: nn.Module | None, width: int) -> tuple[Tensor, np.ndarray, list[str]]:
+        """Of the network, or of a part that takes images too: [K, width] float32."""
         names, threads = np.array([str(file) for file in files]), self.config.data.threads
         manifest = Manifest(Path(), names, np.zeros(len(files), np.int64), self.classes)
         refused = scan.broken(manifest, "given", self.device, threads)
         index = np.array([row for row in range(len(files)) if row not in refused], dtype=np.int64)
-        found = [torch.empty(0, len(self.classes))]
+        found = [torch.empty(0, width)]
         if len(index):
             loader = Loader(manifest.subset(index), self.config.views, 1, 0, self.device, threads)
-            found += [self.learner.predict(clean).float().softmax(dim=1).cpu() for _, (clean,) in loader.sweep()]
-        return torch.cat(found).numpy(), index, [f"{one.file_name}: {one.problem}" for one in refused.values()]
+            found += [self.learner.predict(clean, part).float().cpu() for _, (clean,) in loader.sweep()]
+        return torch.cat(found), index, [f"{one.file_name}: {one.problem}" for one in refused.values()]
 
 
 def find_images(words: list[str]) -> list[Path]:

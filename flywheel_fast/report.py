@@ -1,10 +1,8 @@
 """One page that says what a run found, or how several compare: it opens from disk and asks nothing of the network."""
 
 import base64
-import hashlib
+import csv
 import json
-import os
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -14,11 +12,13 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from flywheel_fast import charts, plots
+from flywheel_fast import charts, duplicates, plots
 from flywheel_fast import config as configs
 from flywheel_fast.audit import FALSE_ALARMS, Labels, read_labels, summary
 from flywheel_fast.checkpoint import write_atomic
-from flywheel_fast.errors import BadInput
+from flywheel_fast.embedding import Embedding, of_run
+from flywheel_fast.errors import BadInput, Failure
+from flywheel_fast.run_folder import BAD_FILES
 
 MARK = '<meta name="generator" content="flywheel-fast report">'  # a file without it is not replaced
 SIDE, PICTURES, PICTURE_BYTES = 96, 480, 3_000_000  # pixels of a thumbnail; the most of them, and of their bytes
@@ -28,6 +28,7 @@ REVIEWED = {  # what may change by a review, and its column
     "wrong labels told from right (AUROC)": "selection_auroc",
     "labels right after refurbishing": "refurbish_acc",
 }
+LABELLING = {"rightly taken for clean or wrong": "selection_acc", "right after refurbishing": "refurbish_acc"}
 CELLS = 20  # up to so many classes the corruption matrix is a table, above it a picture
 
 
@@ -42,6 +43,8 @@ class Run:
     result: dict
     metrics: dict[str, np.ndarray]  # column -> [epochs] float64, nan where unknown
     labels: Labels | None  # None for plain cross-entropy
+    embedding: Embedding | str  # of the test images, or why there is none
+    bad_files: list[dict[str, str]]  # that were left out: file_name, problem
 
 
 def write(folders: list[Path], out: Path | None = None, images: Path | None = None) -> Path:
@@ -89,7 +92,23 @@ def _read(folder: Path, name: str, images: Path | None) -> Run:
     labels = read_labels(folder / "labels") if (folder / "labels").is_dir() else None
     if labels and images:
         labels = replace(labels, root=images)
-    return Run(folder, name, config, versions, result, plots.read_metrics(folder / "metrics.csv"), labels)
+    metrics = plots.read_metrics(folder / "metrics.csv")
+    return Run(folder, name, config, versions, result, metrics, labels, _embedding(folder, images), _bad_files(folder))
+
+
+def _embedding(folder: Path, images: Path | None) -> Embedding | str:
+    try:
+        return of_run(folder, images)
+    except (BadInput, Failure) as error:
+        return str(error)
+
+
+def _bad_files(folder: Path) -> list[dict[str, str]]:
+    path = folder / BAD_FILES
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
 
 
 def _percent(share: float | None, digits: int = 1) -> str:
@@ -108,14 +127,21 @@ def _single(run: Run) -> dict:
             *_lines("Test accuracy", {"auxiliary": "test_acc_aux", "main": "test_acc_main"}, run),
             *_lines("Share of clean labels", {"estimated": "gamma", "true": "true_clean"}, run, needs="gamma"),
             *_lines("Wrong labels told from right", {"AUROC": "selection_auroc", "AP": "selection_ap"}, run),
-            *_lines("Labels after refurbishing", {"truly right": "refurbish_acc"}, run),
+            *_lines("Labels told apart, and refurbished", LABELLING, run),
         ],
+        "planes": _planes([run]),
         "accuracy": run.result.get(f"test_acc_{used}"),
         "merged": run.result["merged"],
         "reviewed": _reviewed(run),
         "differences": {},
         "found": _found(run.labels) if run.labels else None,
     }
+
+
+def _planes(runs: list[Run]) -> list[tuple[str, dict | str]]:
+    """The test images of each run by name, or why there are none."""
+    planes = [(run.name, run.embedding) for run in runs]
+    return [(name, found if isinstance(found, str) else charts.plane(found)) for name, found in planes]
 
 
 def _lines(title: str, curves: dict[str, str], run: Run, needs: str | None = None) -> list[dict]:
@@ -167,6 +193,7 @@ def _found(labels: Labels) -> dict:
         "more": len(np.unique(labels.given[labels.suspects])) - len(gallery),
         "unread": unread,
         "duplicates": _duplicates(labels),
+        "compared": min(duplicates.COMPARED, len(labels.given)),
     }
 
 
@@ -280,24 +307,18 @@ def _data_uri(content: bytes, form: str) -> str:
 
 
 def _duplicates(labels: Labels, most: int = 50) -> dict:
-    """Identical files with different labels: the first groups, with a picture each, and how many in all."""
-    of_size = defaultdict(list)
-    for i, file in enumerate(labels.files):
-        try:
-            of_size[os.stat(labels.root / file).st_size].append(i)
-        except OSError:
-            continue  # the gallery says which pictures are gone
-    of_content = defaultdict(list)
-    for same in of_size.values():
-        for i in same if len(same) > 1 else []:
-            of_content[hashlib.sha256((labels.root / labels.files[i]).read_bytes()).digest()].append(i)
-    groups = [same for same in of_content.values() if len(set(labels.given[same])) > 1]
+    """Copies with different labels: the first groups, the members of each that are shown, and how many in all."""
+    groups = duplicates.groups(labels)
     shown = [
-        {
-            "picture": _thumbnail(labels.root / labels.files[same[0]]),
-            "members": [(labels.files[i], labels.classes[labels.given[i]]) for i in same[:10]],
-        }
-        for same in groups[:most]
+        [
+            {
+                "file": labels.files[i],
+                "picture": _thumbnail(labels.root / labels.files[i]),
+                "given": labels.classes[labels.given[i]],
+            }
+            for i in copies[:4]
+        ]
+        for copies in groups[:most]
     ]
     return {"count": len(groups), "shown": shown}
 
@@ -330,8 +351,10 @@ def _comparison(runs: list[Run]) -> dict:
         "charts": [
             *chart("Test accuracy", "test_acc_aux", "test_acc_main"),
             *chart("Wrong labels told from right (AUROC)", "selection_auroc", percent=False),
+            *chart("Labels rightly taken for clean or wrong", "selection_acc"),
             *chart("Labels right after refurbishing", "refurbish_acc"),
         ],
+        "planes": _planes(runs),
         "differences": {key: [_value(config, key) for config in loaded] for key in keys},
         "merged": {},
         "reviewed": None,

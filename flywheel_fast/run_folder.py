@@ -1,15 +1,19 @@
 """Where a run lives: runs/NAME, or the folder that the user names; what is in it already is never lost unasked."""
 
+import fcntl
 import itertools
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-from flywheel_fast.checkpoint import PART
+from flywheel_fast.checkpoint import PART, previous
 from flywheel_fast.errors import BadInput
 
 CHECKPOINT = Path("weights", "last.pt")
 LOG = "train.log"
 BAD_FILES = "bad_files.csv"
+LAUNCHER = ".launcher"  # names the torchrun that began the run
 # What a run writes.
 OWN = {
     "config.yaml",
@@ -23,15 +27,17 @@ OWN = {
     "labels",
     "plots",
     "report.html",
+    "embedding.npz",
     "README.md",
     "export",
     "tensorboard",
     "mlflow_run_id",
+    LAUNCHER,
 }
 
 
 def resumable(folder: Path) -> bool:
-    return (folder / CHECKPOINT).is_file()
+    return (folder / CHECKPOINT).is_file() or previous(folder / CHECKPOINT).is_file()
 
 
 def to_resume(resume: str, out: str | None, name: str) -> Path | None:
@@ -49,9 +55,37 @@ def to_resume(resume: str, out: str | None, name: str) -> Path | None:
     return folder
 
 
+def begun_by(launcher: str, out: str | None, name: str) -> Path | None:
+    """The folder that this launcher's processes began a run in, before they were started anew."""
+    folders = [Path(out)] if out else itertools.takewhile(Path.exists, _numbered(name))
+    marks = (folder / LAUNCHER for folder in folders)
+    return next((mark.parent for mark in marks if mark.is_file() and mark.read_text() == launcher), None)
+
+
+def _numbered(name: str) -> Iterator[Path]:
+    return itertools.chain([Path("runs", name)], (Path("runs", f"{name}-{number}") for number in itertools.count(2)))
+
+
+def lock(folder: Path) -> IO:
+    """The folder is this training's until the file is closed. Raises BadInput where another one has it."""
+    try:
+        log = open(folder / LOG, "a", encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"--out {folder}: cannot be written ({error.strerror}); name a folder that can") from error
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BadInput(
+            f"{folder}: another training is writing there; wait for its end, or name another --out"
+        ) from error
+    except OSError:  # a file system that knows no locks
+        pass
+    return log
+
+
 def leave(folder: Path) -> None:
     """Takes back a folder that holds the log only: of a run that was refused its data."""
-    if [entry.name for entry in folder.iterdir()] == [LOG]:
+    if {entry.name for entry in folder.iterdir()} <= {LOG, LAUNCHER}:
         shutil.rmtree(folder)
 
 
@@ -59,8 +93,7 @@ def create(out: str | None, name: str, overwrite: bool, resuming: bool) -> Path:
     """A new, empty run folder. `resuming`: a folder without a checkpoint, from a run cut off early, is used again."""
     folder = Path(out) if out else Path("runs", name)
     if not out and not overwrite and not resuming:
-        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-        folder = next(Path("runs", name) for name in names if not Path("runs", name).exists())
+        folder = next(folder for folder in _numbered(name) if not folder.exists())
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"--out {folder}: is a file, not a folder")
     if folder.exists() and any(folder.iterdir()):
@@ -74,6 +107,7 @@ def create(out: str | None, name: str, overwrite: bool, resuming: bool) -> Path:
                 f"--out {folder}: holds something other than a run{what}, which is not replaced; name another folder"
             )
         if overwrite:
+            lock(folder).close()
             shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

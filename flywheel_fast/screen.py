@@ -9,17 +9,22 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeE
 from rich.table import Table
 from rich.text import Text
 
+from flywheel_fast.errors import Failure
+
 
 class Screen:
-    def __init__(self, log_file: Path):
+    """Without a log file it says nothing: one of several processes speaks for all."""
+
+    def __init__(self, log_file: Path | None):
         self.console = Console(highlight=False, soft_wrap=True)
         self.log_file = log_file
 
     def say(self, text: str, style: str = "") -> None:
         """A line on the screen and, with the time, in train.log."""
+        if self.log_file is None:
+            return
         self.console.print(text, style=style, markup=False)
-        with open(self.log_file, "a", encoding="utf-8") as file:
-            file.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+        self._log(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
 
     def warn(self, text: str) -> None:
         self.say(f"warning: {text}", style="yellow")
@@ -28,7 +33,8 @@ class Screen:
     def progress(self, total_images: int, done_images: int):
         """Yields a function that takes a number of images; the bar shows on terminals only."""
         columns = [TextColumn("{task.description}"), BarColumn(), _Rate(), TimeElapsedColumn(), TimeRemainingColumn()]
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as bar:
+        hidden = self.log_file is None or not self.console.is_terminal
+        with Progress(*columns, console=self.console, disable=hidden, transient=True) as bar:
             task = bar.add_task("training", total=total_images, completed=done_images, start_at=done_images)
             yield lambda images: bar.advance(task, images)
 
@@ -39,8 +45,14 @@ class Screen:
         for name, value in rows:
             table.add_row(Text(name), Text(value))
         self.console.print(table)
-        with open(self.log_file, "a", encoding="utf-8") as file:
-            file.writelines(f"{name:<32} {value}\n" for name, value in rows)
+        self._log("".join(f"{name:<32} {value}\n" for name, value in rows))
+
+    def _log(self, lines: str) -> None:
+        try:
+            with open(self.log_file, "a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError as error:
+            raise Failure(f"{self.log_file}: cannot be written ({error.strerror})") from error
 
 
 class _Rate(ProgressColumn):

@@ -1,56 +1,37 @@
 """The one assembler: a config becomes data, networks and state; the loop runs; the run folder fills."""
 
-import csv
 import io
 import json
 import time
-from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save as to_safetensors
-from torch import Tensor
 
-from flywheel_fast import audit, card, checkpoint, env, models, ops, plots, run_folder, sinks
+from flywheel_fast import audit, card, checkpoint, env, measures, models, ops, plots, run_folder, sinks
 from flywheel_fast import config as configs
 from flywheel_fast.cycle import Cycle, CycleConfig
 from flywheel_fast.data import noise, reviews, scan, sources
-from flywheel_fast.data.manifest import DROPPED, Manifest
+from flywheel_fast.data.manifest import Manifest
 from flywheel_fast.data.memory import Memory
 from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.data.views import ViewsConfig
+from flywheel_fast.distributed import ALONE, Group
 from flywheel_fast.em import EMState
-from flywheel_fast.errors import BadInput, Failure
+from flywheel_fast.errors import BadInput, Failure, Stopped
 from flywheel_fast.learner import Learner, OptimConfig
+from flywheel_fast.pauses import Pauses
 from flywheel_fast.screen import Screen
 
-PHASES = ("data", "infer", "train", "em", "eval", "save")
-MEASURES = (
-    *("test_acc_main", "test_acc_aux", "gamma", "true_clean", "selection_auroc", "refurbish_acc"),
-    *(
-        "classes_alive",
-        "agreement",
-        "selection_ap",
-        "posterior_acc",
-        "imagenet_acc_main",
-        "imagenet_acc_aux",
-        "reviewed",
-    ),
-    *(f"{test}_top5_{name}" for test in ("test", "imagenet") for name in ("main", "aux")),
-)
-COLUMNS = (
-    *("cycle", *MEASURES, "loss_main", "loss_aux", "lr"),
-    *(f"sec_{phase}" for phase in PHASES),
-    "waiting",
-)
 NOTABLE_WAITING = 0.05  # share of a run's time
 MOST_MERGERS = 3  # said of an epoch
-TOP5_FROM = 50  # classes: whose literature reports both, that of WebVision first of all
+FORMAT = 2  # of checkpoints: what `_save` puts into them
+PATIENCE = 20  # steps one after another that may be skipped
 # Between a run and its resumption; moved data are recognised by their files and labels.
 MAY_CHANGE = {"name", "log", "eval_every", "optim.epochs"}
-MAY_CHANGE |= {"data.root", "data.noise.file", "data.reviews", "data.threads", "data.cache_gb"}
+MAY_CHANGE |= {"data.root", "data.images", "data.noise.file", "data.reviews", "data.threads", "data.cache_gb"}
 
 
 @dataclass(frozen=True)
@@ -79,55 +60,82 @@ class Config:
 
 
 class Trainer:
-    """Everything of one run in the folder `out`; `resume` restores its last checkpoint."""
+    """Everything of one run in the folder `out`; `resume` restores its last checkpoint, and `pauses` says between two
+    batches whether to write one, or to stop. Of several processes the first writes and speaks."""
 
-    def __init__(self, config: Config, out: Path, resume: bool = False):
-        self.out, self.screen = out, Screen(out / run_folder.LOG)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.config = config
-        data = sources.load(config.data)
+    def __init__(
+        self, config: Config, out: Path, resume: bool = False, pauses: Pauses | None = None, group: Group = ALONE
+    ):
+        self.config, self.out, self.pauses = config, out, pauses or Pauses()
+        self.group, self.device = group, group.device
+        self.screen = Screen(None if group.rank else out / run_folder.LOG)
+        data = group.first(lambda: sources.load(config.data))
         self.noisy_labels = data.noisy_labels
         self.bad_files: list[scan.BadFile] = []  # left out
         self.test_sets = {name: self._readable(part, name) for name, part in data.splits().items()}
         self.train_set = self.test_sets.pop("train")
         self.reviews = reviews.summary(Path(config.data.reviews)) if config.data.reviews else None
-        saved = checkpoint.load(out / run_folder.CHECKPOINT) if resume else None
-        if saved:
+        last = out / run_folder.CHECKPOINT
+        saved = group.first(lambda: checkpoint.load_last(last, self.screen.warn)) if resume else None
+        if saved is not None:
+            if saved.get("format") != FORMAT:
+                raise BadInput(
+                    f"checkpoint {last}: was written by another version of flywheel-fast; end the run with that one, "
+                    "or train in another --out"
+                )
             self.config = self._with_time_for_reviews(config, saved)
-        self.memory = Memory.free(self.device, config.data.cache_gb)
+        self.memory = Memory.free(self.device, config.data.cache_gb, group.world)
         self.loader = self._loader(self.train_set, config.optim.balanced_batches)
-        self.test_loaders = {name: self._loader(part) for name, part in self.test_sets.items()}
+        test_loaders = {name: self._loader(part) for name, part in self.test_sets.items()}
         self.cycle = self._assemble()
+        self.measures = measures.Measures(self.cycle, self.train_set, self.test_sets, test_loaders)
         self.history: list[dict] = []  # a row an epoch, as in metrics.csv
         self.warned: set[str] = set()
-        if saved:
+        if saved is not None:
             self._restore(saved)
         self._review()
         self.config_text = configs.dump(self.config)
         settings = configs.flat(configs.as_dict(self.config))
-        self.sinks = sinks.open_all(config.log, out, config.name, settings, len(self.history))
+        self.sinks = sinks.open_all(() if group.rank else config.log, out, config.name, settings, len(self.history))
 
     def run(self) -> None:
+        """Raises Stopped where `pauses` want it, after a checkpoint."""
+        try:
+            self._train()
+        except torch.OutOfMemoryError as error:
+            size = self.config.optim.batch_size
+            raise Failure(
+                f"the device ran out of memory at optim.batch_size={size}: start anew with "
+                f"optim.batch_size={max(size // 2, 1)}, or with several processes (torchrun), which share a batch"
+            ) from error
+        self._close()
+
+    def _train(self) -> None:
         config, cycle, loader = self.config, self.cycle, self.loader
-        self._open()
+        if not self.group.rank:
+            self._open()
         images = [cycle.images(epoch, len(self.train_set), loader.drawn) for epoch in range(config.optim.epochs)]
-        done = len(self.history)
-        with self.screen.progress(sum(images), sum(images[:done])) as cycle.on_images:
-            for epoch in range(done, config.optim.epochs):
-                cycle.clock.seconds.clear()
+        done, epochs = len(self.history), config.optim.epochs
+        under_way = cycle.images(done, 0, cycle.batch * config.optim.batch_size)
+        with self.screen.progress(sum(images), sum(images[:done]) + under_way) as advance:
+            cycle.on_batch = lambda images, together: (advance(images * self.group.world), self._pause(together))
+            for epoch in range(done, epochs):
                 cycle.run(loader, epoch)
-                self.history.append(self._measure(epoch))
-                self._save()
+                look = epoch + 1 == epochs or (epoch + 1) % config.eval_every == 0
+                self.history.append(self.measures.of(epoch, look))
+                self._say_skipped()
+                self._refuse_broken(self.history[-1])
+                self._save_epoch()
                 for sink in self.sinks:
                     sink.write(epoch + 1, self.history[-1])
                 self._say_epoch()
-        self._close()
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
     def _readable(self, manifest: Manifest, split: str) -> Manifest:
         """Without the files at which the training would stop; these go to `bad_files`."""
-        manifest, bad = scan.without_broken(manifest, split, self.device, self.config.data.threads)
+        threads = self.config.data.threads
+        manifest, bad = self.group.first(lambda: scan.without_broken(manifest, split, self.device, threads))
         self.bad_files += bad
         return manifest
 
@@ -141,7 +149,9 @@ class Trainer:
             self.device,
             data.threads,
             self.memory,
-            balanced_batches=balanced_batches,
+            self.group.rank,
+            self.group.world,
+            balanced_batches,
         )
 
     def _assemble(self) -> Cycle:
@@ -150,14 +160,14 @@ class Trainer:
         def learner(network: models.NetworkConfig, seed: int, projection: int = 0) -> Learner:
             size = config.views.image_size
             built = models.build(network, num_classes, size, seed, projection)
-            return Learner(built, config.optim, len(self.loader), self.device)
+            return Learner(built, config.optim, len(self.loader), self.device, self.group)
 
         main, aux = learner(config.model.main, 2 * config.seed), None
         if config.cycle.kind == "flywheel":
             projection = 128 if config.cycle.contrastive > 0 else 0
             aux = learner(config.model.aux or config.model.main, 2 * config.seed + 1, projection)
         labels = torch.as_tensor(self.train_set.labels, device=self.device)
-        return Cycle(config.cycle, main, aux, EMState.start(labels, num_classes, config.cycle.gamma))
+        return Cycle(config.cycle, main, aux, EMState.start(labels, num_classes, config.cycle.gamma), self.group)
 
     def _with_time_for_reviews(self, config: Config, saved: dict) -> Config:
         """A run that has ended learns what was reviewed since in a quarter more epochs: there a cosine schedule, drawn
@@ -204,11 +214,12 @@ class Trainer:
         checkpoint.write_atomic(self.out / "config.yaml", self.config_text.encode())
         checkpoint.write_atomic(self.out / "env.json", json.dumps(env.describe(), indent=2).encode())
         test = " and ".join(f"{len(part):,}" for part in self.test_sets.values()) + " to test on"
-        where = f"{self.device}, {'bf16' if self.cycle.main.bf16 else 'fp32'}, {torch.get_num_threads()} threads"
+        where = f"{self.device.type}, {'bf16' if self.cycle.main.bf16 else 'fp32'}, {torch.get_num_threads()} threads"
+        where += f" in each of {self.group.world} processes" if self.group.world > 1 else ""
         self.screen.say(
             f"{len(train_set.labels):,} images of {len(train_set.classes)} classes to train on, {test}; {where}"
         )
-        kept = (f"{name} {loader.kept}" for name, loader in [("train", self.loader), *self.test_loaders.items()])
+        kept = (f"{name} {loader.kept}" for name, loader in [("train", self.loader), *self.measures.loaders.items()])
         self.screen.say(f"images: {'; '.join(kept)} ({self.memory.terms})")
         if self.loader.reader == "torchvision":
             self.screen.say("nvidia-dali is not installed: Pillow and torchvision read the images, more slowly")
@@ -231,88 +242,35 @@ class Trainer:
             self.screen.say(f"{config.data.noise.kind} noise, saved as noise.npz, sha256 {digest}")
             self.screen.say("\n".join(noise.describe(counts, train_set.classes)))
         if train_set.reviewed is not None:
-            pinned, dropped = self._reviewed()
+            pinned, dropped = self.measures.reviewed()
             self.screen.say(f"{config.data.reviews}: {pinned:,} labels are pinned, {dropped:,} images dropped")
         if why_not := ops.why_not_native(self.device):
             self.screen.say(f"native ops {why_not}. The E-step runs on the PyTorch reference")
-        if self.history:
-            self.screen.say(f"going on after epoch {len(self.history)} of {config.optim.epochs}")
+        if self.history or self.cycle.batch:
+            self.screen.say(f"going on after {self._place()}")
+            measures.write(self.history, self.out)  # may have had a row more than the checkpoint, or less
 
-    # -- each epoch ----------------------------------------------------------------------------------------------------
+    # -- each batch ----------------------------------------------------------------------------------------------------
 
-    def _measure(self, epoch: int) -> dict:
-        cycle, last = self.cycle, epoch + 1 == self.config.optim.epochs
-        row: dict = {"cycle": epoch + 1, "lr": cycle.main.optimizer.param_groups[0]["lr"]}
-        row |= {f"loss_{name}": torch.stack(steps).mean().item() for name, steps in cycle.losses.items()}
-        broken = [name for name in row if not np.isfinite(row[name])]
-        if broken:
-            kept = f"the state after epoch {epoch} is kept in {self.out}" if epoch else "nothing was saved yet"
-            raise Failure(
-                f"{broken[0]} became {row[broken[0]]} in epoch {epoch + 1}; {kept}: start anew with a lower optim.lr "
-                f"(it is {self.config.optim.lr})"
-            )
-        with cycle.clock("eval"):
-            if last or (epoch + 1) % self.config.eval_every == 0:
-                for name in self.test_sets:
-                    row |= self._accuracy(name)
-            true = self.train_set.true_labels
-            if self.train_set.reviewed is not None:
-                row["reviewed"] = sum(self._reviewed())
-            if true is not None:
-                row["true_clean"] = float(np.mean(true == self.train_set.labels))
-            if cycle.expecting(epoch):
-                alive = cycle.state.num_classes - len(cycle.state.merged_classes())
-                gamma = self._given_clean_prob().mean(dtype=torch.float64).item()  # of all, decided ones too
-                row |= {"gamma": gamma, "classes_alive": alive, "agreement": cycle.state.agreement}
-                if true is not None:
-                    row |= self._quality(true)
-        return row
+    def _pause(self, together: bool) -> None:
+        if not together:
+            return
+        if self.cycle.batch % PATIENCE == 0:
+            self._refuse_skipping()
+        wish = self.group.most(2 * self.pauses.stop() + self.pauses.due(self.cycle.main.steps))
+        if wish:
+            self._save()
+        if wish >= 2:
+            raise Stopped(f"stopped after {self._place()}, which is saved; `--resume {self.out}` goes on from there")
 
-    def _accuracy(self, test: str) -> dict:
-        """Share of the images of a test set that the averaged networks get right; of many classes, among their first
-        five too."""
-        labels = torch.as_tensor(self.test_sets[test].labels, device=self.device)
-        learners = self.cycle.learners()
-        right = defaultdict(list)  # of each measure, [B] bool
-        for index, (clean,) in self.test_loaders[test].sweep():
-            for name, learner in learners.items():
-                logits, given = learner.predict(clean), labels[index]  # [B, C], [B]
-                right[f"{test}_acc_{name}"].append(logits.argmax(dim=1) == given)
-                if logits.shape[1] >= TOP5_FROM:
-                    right[f"{test}_top5_{name}"].append((logits.topk(5).indices == given[:, None]).any(dim=1))
-        return {measure: torch.cat(hits).double().mean().item() for measure, hits in right.items()}
-
-    def _quality(self, true: np.ndarray) -> dict:
-        state = self.cycle.state
-        clean_prob = self._given_clean_prob().cpu().numpy()
-        auroc, average_precision = audit.selection_quality(clean_prob, self.train_set.labels, true)
-        found = {
-            "selection_auroc": auroc,
-            "selection_ap": average_precision,
-            "refurbish_acc": float(np.mean(state.resampled_label.cpu().numpy() == true)),
-            "posterior_acc": float(np.mean(state.suggested_label.cpu().numpy() == true)),
-        }
-        return {name: value for name, value in found.items() if not np.isnan(value)}  # all labels right, or all wrong
-
-    def _given_clean_prob(self) -> Tensor:  # [N] float32
-        """Probability that the given label is right; 0 where a review says another."""
-        state, reviewed = self.cycle.state, self.train_set.reviewed
-        if reviewed is None:
-            return state.clean_prob
-        given = torch.as_tensor(self.train_set.labels, device=self.device)
-        return torch.where(state.labels == given, state.clean_prob, 0)
-
-    def _reviewed(self) -> tuple[int, int]:
-        """Labels pinned and images dropped."""
-        reviewed = self.train_set.reviewed
-        return int(np.count_nonzero(reviewed >= 0)), int(np.count_nonzero(reviewed == DROPPED))
+    def _place(self) -> str:
+        place = f"epoch {len(self.history)} of {self.config.optim.epochs}"
+        return place + (f" and {self.cycle.batch} of {len(self.loader)} batches" if self.cycle.batch else "")
 
     def _save(self) -> None:
-        start = time.perf_counter()
-        row = self.history[-1]
-        row |= {f"sec_{phase}": round(self.cycle.clock.seconds[phase], 4) for phase in PHASES[:-1]}
-        row["waiting"] = round(_waiting([row]), 4)
+        """All that the run has come to: with the config and the data, what is needed to go on."""
         state = {
+            "format": FORMAT,
             "config": configs.as_dict(self.config),
             "labels": self.train_set.digest,
             "reviews": self._reviews_digest(),
@@ -321,20 +279,56 @@ class Trainer:
             "cuda_generators": torch.cuda.get_rng_state_all(),
             "history": self.history,
         }
-        checkpoint.save(self.out / run_folder.CHECKPOINT, state)
+        if not self.group.rank:
+            checkpoint.save(self.out / run_folder.CHECKPOINT, state)
+        self.pauses.saved(self.cycle.main.steps)
+
+    def _refuse_skipping(self) -> None:
+        for name, learner in self.cycle.learners().items():
+            if learner.skipped_last >= PATIENCE:
+                self._save()
+                raise Failure(
+                    f"the {name} network's loss was not finite in {PATIENCE} steps one after another, up to "
+                    f"{self._place()}; the weights before them are kept in {self.out}: start anew with a lower "
+                    f"optim.lr (it is {self.config.optim.lr})"
+                )
+
+    # -- each epoch ----------------------------------------------------------------------------------------------------
+
+    def _say_skipped(self) -> None:
+        for name, learner in self.cycle.learners().items():
+            if skipped := learner.skipped():
+                self.screen.warn(
+                    f"epoch {self.history[-1]['cycle']}: {skipped} steps of the {name} network were left out, because "
+                    "their loss was not finite; a lower optim.lr helps, or optim.precision=fp32"
+                )
+
+    def _refuse_broken(self, row: dict) -> None:
+        broken = [name for name in row if not np.isfinite(row[name])]
+        if broken:
+            kept = f"the state after epoch {row['cycle'] - 1} is kept in {self.out}"
+            raise Failure(
+                f"{broken[0]} became {row[broken[0]]} in epoch {row['cycle']}; "
+                f"{kept if row['cycle'] > 1 else 'nothing was saved yet'}: start anew with a lower optim.lr "
+                f"(it is {self.config.optim.lr})"
+            )
+
+    def _save_epoch(self) -> None:
+        start = time.perf_counter()
+        row = self.history[-1]
+        row |= {f"sec_{phase}": round(self.cycle.clock.seconds[phase], 4) for phase in measures.PHASES[:-1]}
+        row["waiting"] = round(measures.waiting([row]), 4)
+        self._save()
         row["sec_save"] = round(time.perf_counter() - start, 4)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(self.history)
-        checkpoint.write_atomic(self.out / "metrics.csv", text.getvalue().encode())
+        if not self.group.rank:
+            measures.write(self.history, self.out)
 
     def _say_epoch(self) -> None:
         row, epochs = self.history[-1], self.config.optim.epochs
         parts = [f"epoch {row['cycle']:>3}/{epochs}"]
         shown = ("test_acc_main", "test_acc_aux", "gamma", "true_clean", "selection_auroc", "refurbish_acc")
         parts += [f"{name} {row[name]:.3f}" for name in shown if name in row]
-        self.screen.say("  ".join(parts) + f"  {_seconds(row):.1f} s")
+        self.screen.say("  ".join(parts) + f"  {measures.seconds(row):.1f} s")
         ailments = self._ailments()
         new = [name for name in ailments if name not in self.warned]
         mergers = [name for name in new if name.startswith("merged ")]
@@ -355,11 +349,15 @@ class Trainer:
 
     def _close(self) -> None:
         """Network, labels, plots, and the table of what a user wants to know."""
+        if self.cycle.aux:
+            self.cycle.recall(self.loader)
+        if self.group.rank:
+            return
         inference = self.cycle.inference()
         meta = {"flywheel_fast": json.dumps({"classes": self.train_set.classes, "config": self.config_text})}
         weights = {key: value.contiguous() for key, value in inference.ema.module.state_dict().items()}
         checkpoint.write_atomic(self.out / "weights" / "model.safetensors", to_safetensors(weights, meta))
-        labels = self._labels() if self.cycle.aux else None
+        labels = self.measures.labels() if self.cycle.aux else None
         with self.screen.console.status("writing labels and plots"):
             if labels:
                 audit.write_labels(labels, self.out / "labels")
@@ -372,38 +370,15 @@ class Trainer:
             sink.close()
         self.screen.table("\nResult", self._result(labels))
 
-    def _labels(self) -> audit.Labels:
-        train_set, state = self.train_set, self.cycle.state
-        self.cycle.recall(self.loader)
-        suspicion = state.suspicion.cpu().numpy()
-        return audit.Labels(
-            root=train_set.root,
-            files=train_set.files,
-            classes=train_set.classes,
-            given=train_set.labels,
-            true=train_set.true_labels,
-            clean_prob=self._given_clean_prob().cpu().numpy(),
-            suggested=state.suggested_label.cpu().numpy(),
-            suggested_prob=state.suggested_prob.cpu().numpy(),
-            entropy=state.entropy(self.config.cycle.posterior).cpu().numpy(),
-            networks_agree=state.agree.cpu().numpy(),
-            times_suspected=np.unpackbits(suspicion[:, None], axis=1).sum(axis=1, dtype=np.uint8),
-            posterior_sum=state.posterior_sum.cpu().numpy(),
-            reviewed=train_set.reviewed,
-        )
-
     def _record(self) -> dict:
         """For result.json: what tables of runs are made of."""
-        last = {name: self.history[-1][name] for name in MEASURES if name in self.history[-1]}
-        looks = {name: [row[name] for row in self.history if name in row] for name in MEASURES if "_acc_" in name}
         names = self.train_set.classes
         return {
-            **last,
-            **{f"best_{name}": max(values) for name, values in looks.items() if values},
+            **measures.summary(self.history),
             "images": len(self.train_set.labels),
             "bad_files": len(self.bad_files),
             "epochs": len(self.history),
-            "seconds": round(sum(_seconds(row) for row in self.history), 1),
+            "seconds": round(sum(measures.seconds(row) for row in self.history), 1),
             "noise_sha256": noise.digest(self.noisy_labels),
             "merged": {names[gone]: names[into] for gone, into in self.cycle.state.merged_classes()},
             **({"reviews": self.reviews} if self.reviews else {}),
@@ -433,21 +408,11 @@ class Trainer:
         if self.bad_files:
             count = f"{len(self.bad_files):,} broken files: {self.out / run_folder.BAD_FILES}"
             rows.append(("left out", count))
-        if (waiting := _waiting(self.history)) > NOTABLE_WAITING:
+        if (waiting := measures.waiting(self.history)) > NOTABLE_WAITING:
             decode_less = ", or a larger data.cache_gb," if self.loader.images is None else ""
             cure = f"more data.threads{decode_less} may help"
             rows.append(("waiting", f"{waiting:.0%} of the time passed waiting for images: {cure}"))
-        seconds = sum(_seconds(row) for row in self.history)
+        seconds = sum(measures.seconds(row) for row in self.history)
         rows.append(("network", f"{self.out / 'weights' / 'model.safetensors'} ({used})"))
         rows.append(("time", f"{seconds:.0f} s for {len(self.history)} epochs of {n:,} images"))
         return rows
-
-
-def _seconds(row: dict) -> float:
-    """Of all phases of an epoch."""
-    return sum(row.get(f"sec_{phase}", 0) for phase in PHASES)
-
-
-def _waiting(rows: list[dict]) -> float:
-    """Share of these epochs' time that passed waiting for images."""
-    return sum(row["sec_data"] for row in rows) / max(sum(_seconds(row) for row in rows), 1e-9)

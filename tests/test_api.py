@@ -1,5 +1,6 @@
 """`import flywheel_fast as ff`: the command line's run from arrays, folders and data sets, and what is read off it."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torchvision
 from PIL import Image
 
 import flywheel_fast as ff
-from flywheel_fast import api
+from flywheel_fast import api, labels
 from flywheel_fast.data import sources
 from flywheel_fast.errors import BadInput
 
@@ -104,6 +105,31 @@ def test_what_arrays_and_data_sets_become(tmp_path):
     assert len(train) == len(test) == 12 and set(train.classes) <= {"0", "1"}
 
 
+def test_a_list_of_files_is_read_where_they_are(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    files = sorted((folder / "train").rglob("*.*g"))
+    given = [file.parent.name for file in files]
+    mixed = [str(files[0].relative_to(folder)), *files[1:]]  # a relative path, and Path objects
+    test = [str(file) for file in (folder / "test").rglob("*.jpg")]
+    out = tmp_path / "run"
+    run = ff.train(mixed, given, test=(test, [file.split("/")[-2] for file in test]), changes=FEW, out=out)
+    assert run.labels.root == folder and run.result["images"] == len(files) == 18
+    assert run.labels.files.tolist() == [str(file.relative_to(folder)) for file in files]
+    assert [run.labels.classes[k] for k in run.labels.given] == given
+    assert run.report().stat().st_size > 10_000
+    answers = [("file_name", "label"), (run.labels.files[3], "owl")]
+    (tmp_path / "a.csv").write_text("".join(f"{file},{label}\n" for file, label in answers))
+    done = labels.import_(out, tmp_path / "a.csv", tmp_path / "corrected.csv")
+    with open(done.corrected, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["label"] for row in rows if row["split"] == "train"] == [*given[:3], "owl", *given[4:]]
+    words = [f"data.source=csv data.root={done.corrected} data.images={folder}".split(), ["data.threads=1"]]
+    assert len(loaded(sum(words, [])).train) == 18
+    with pytest.raises(BadInput, match=r"gone\.png: does not exist"):
+        ff.train([*files, folder / "gone.png"], [*given, "owl"], changes=FEW, out=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_no_noise_is_added_to_labels_that_are_given(tmp_path):
     images, labels = drawn(30)
     run = ff.train(images, labels, config="digits", test=drawn(6), changes=FEW[:2], out=tmp_path / "run")
@@ -123,6 +149,8 @@ def test_the_command_line_sees_the_same(run, tmp_path):
     [
         ({"images": "photos", "labels": [1]}, "go with arrays"),
         ({"images": drawn(6)[0]}, "an array needs labels"),
+        ({"images": ["a.png"] * 6}, "a list of files needs labels"),
+        ({"images": ["a.png"], "labels": [0], "test": drawn(6)}, "test: is no list of files"),
         ({"images": drawn(6)[0], "labels": [0, 1]}, "6 images, but 2 labels"),
         ({"images": drawn(6)[0] / 255, "labels": [0, 1] * 3}, r"train image 0: is float64 \[16, 16, 3\]"),
         ({"images": drawn(6)[0].transpose(0, 3, 1, 2), "labels": [0, 1] * 3}, r"is uint8 \[3, 16, 16\]"),

@@ -31,13 +31,30 @@ def test_any_cut_or_flipped_byte_is_noticed(tmp_path):
             checkpoint.load(path)
 
 
+def test_the_one_before_is_kept_and_used_where_the_last_is_spoilt(tmp_path):
+    path, said = tmp_path / "last.pt", []
+    for steps in (1, 2, 3):
+        checkpoint.save(path, STATE | {"steps": steps})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+    assert checkpoint.load_last(path, said.append)["steps"] == 3 and not said
+    content = path.read_bytes()
+    for spoilt in (content[:-9], b"", content[:500] + bytes([content[500] ^ 16]) + content[501:], None):
+        path.unlink() if spoilt is None else path.write_bytes(spoilt)  # None: killed between two renames
+        assert checkpoint.load_last(path, said.append)["steps"] == 2
+        assert "last.pt" in said[-1] and "previous.pt" in said[-1]
+    assert len(said) == 4
+    (tmp_path / "previous.pt").write_bytes(content[:100])
+    with pytest.raises(BadInput, match=r"previous\.pt.*cut short or altered"):
+        checkpoint.load_last(path, said.append)
+
+
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
 
     checkpoint.save(tmp_path / "last.pt", {"weights": Evil()})
-    with pytest.raises(Exception, match="weights_only|Unsupported"):
+    with pytest.raises(BadInput, match=r"last\.pt: holds something else than tensors"):
         checkpoint.load(tmp_path / "last.pt")
     assert not (tmp_path / "ran").exists()
 

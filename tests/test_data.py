@@ -340,6 +340,7 @@ def test_an_unknown_class_in_the_map_names_the_nearest():
         lambda: NoiseConfig("file"),
         lambda: NoiseConfig("matrix", 0.4),
         lambda: DataConfig("folder"),
+        lambda: DataConfig("folder", "photos", images="elsewhere"),
         lambda: DataConfig(holdout=0.0),
         lambda: DataConfig(train_size=0),
         lambda: sources.DataConfig(threads=0),
@@ -355,14 +356,8 @@ def test_impossible_combinations_are_refused(make):
 # -- order -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "world"), [(10, 1), (10, 3), (7, 4), (2, 3)])
-def test_ranks_share_every_sample_exactly_once(n, world):
-    parts = [epoch_order(n, 1, 2, rank, world) for rank in range(world)]
-    assert sorted(np.concatenate(parts).tolist()) == list(range(n))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
 def test_order_is_a_pure_function_of_seed_and_epoch():
+    assert sorted(epoch_order(100, 1, 2).tolist()) == list(range(100))
     assert np.array_equal(epoch_order(100, 1, 2), epoch_order(100, 1, 2))
     assert not np.array_equal(epoch_order(100, 1, 2), epoch_order(100, 1, 3))
     assert not np.array_equal(epoch_order(100, 1, 2), epoch_order(100, 2, 2))

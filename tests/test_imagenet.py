@@ -11,7 +11,8 @@ from conftest import refused
 from scipy.io import savemat
 
 from flywheel_fast.data.sources import load
-from flywheel_fast.trainer import TOP5_FROM, Trainer
+from flywheel_fast.distributed import ALONE
+from flywheel_fast.measures import TOP5_FROM, Measures
 
 DEVKIT = "ILSVRC2012_devkit_t12/data"
 
@@ -100,11 +101,11 @@ def test_accuracy_among_the_first_five(classes):
     """Three images, whose class is the likeliest, the fifth, the sixth."""
     logits = torch.linspace(1, 0, classes).repeat(3, 1)
     learner = SimpleNamespace(predict=lambda views: logits[views])
-    trainer = SimpleNamespace(
-        test_sets={"test": SimpleNamespace(labels=np.array([0, 4, 5]))},
-        test_loaders={"test": SimpleNamespace(sweep=lambda: ((row, (row,)) for row in torch.arange(3).split(1)))},
-        cycle=SimpleNamespace(learners=lambda: {"aux": learner}),
+    measures = SimpleNamespace(
+        test_sets={"test": SimpleNamespace(labels=np.array([0, 4, 5]), classes=range(classes))},
+        loaders={"test": SimpleNamespace(sweep=lambda: ((row, (row,)) for row in torch.arange(3).split(1)))},
+        cycle=SimpleNamespace(learners=lambda: {"aux": learner}, group=ALONE),
         device=torch.device("cpu"),
     )
     top5 = {"test_top5_aux": 2 / 3} if classes >= TOP5_FROM else {}
-    assert Trainer._accuracy(trainer, "test") == pytest.approx({"test_acc_aux": 1 / 3} | top5)
+    assert Measures._accuracy(measures, "test") == pytest.approx({"test_acc_aux": 1 / 3} | top5)

@@ -180,7 +180,8 @@ def test_cvat(tmp_path):
 
 def test_cvats_own_importer(tmp_path):
     """Datumaro reads and writes the formats of CVAT."""
-    datumaro = pytest.importorskip("datumaro")
+    why_absent = "needs pip install datumaro, which sets protobuf and CUDA's Python packages back: in a venv of its own"
+    datumaro = pytest.importorskip("datumaro", reason=why_absent)
     run, found = make_run(tmp_path)
     out, _ = labels.export(run, "cvat")
     (out / "images").symlink_to(found.root)

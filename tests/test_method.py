@@ -162,14 +162,15 @@ def test_noise_that_is_set_gives_each_class_its_own_prior():
     state.set_noise(transition)
     expectation = Expectation(state, "joint")
     expectation.add(index, logits.flip(1), logits)
-    expectation = Expectation(state, "joint")  # now with its eps
+    state.eps = expectation.found["eps"]
+    expectation = Expectation(state, "joint")
     expectation.add(index, logits.flip(1), logits)
     f, g = logits.double().softmax(1), logits.flip(1).double().softmax(1)
     for i in range(200):
         j = labels[i]
         corrupted = sum(f[i, y] * transition[y, j] for y in range(4) if y != j)
         clean = transition[j, j] * g[i, j]
-        assert abs(state.clean_prob[i] - clean / (clean + corrupted)) < 1e-3
+        assert abs(expectation.found["clean_prob"][i] - clean / (clean + corrupted)) < 1e-3
     state.teach(index, logits, logits, both=True)
     expectation.finish(aligned=False, smoothing=None)
     assert torch.equal(state.clean_rate, state.transition().diagonal())

@@ -18,6 +18,7 @@ from flywheel_fast.models import NetworkConfig, build
         ("small_cnn", 64),
         ("preact_resnet18", 32),
         ("timm/resnet10t", 64),
+        ("timm/mobilenetv3_small_050", 64),
         ("torchvision/resnet18", 64),
         ("torchvision/squeezenet1_1", 64),
         ("torchvision/mobilenet_v3_small", 64),

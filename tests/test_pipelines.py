@@ -8,6 +8,7 @@ import torch
 from conftest import write_image
 from PIL import Image
 
+from flywheel_fast.data import pipelines
 from flywheel_fast.data.manifest import Manifest
 from flywheel_fast.data.memory import Memory
 from flywheel_fast.data.pipelines import Loader
@@ -38,11 +39,15 @@ def loader(manifest, kind="cached", **options):
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_sample_exactly_once_an_epoch(manifest, kind, world):
-    ranks = [loader(manifest, kind, rank=rank, world=world) for rank in range(world)]
+    ranks = [loader(manifest, kind, batch_size=8, rank=rank, world=world) for rank in range(world)]
     for epoch in range(3):
-        seen = [index for one in ranks for index, _ in one.epoch(epoch)]
-        assert sorted(torch.cat(seen).tolist()) == list(range(18))
-        assert len(seen) == sum(len(one) for one in ranks)
+        batches = [[index for index, _ in one.epoch(epoch)] for one in ranks]
+        assert [len(one) for one in batches] == [3] * world == [len(one) for one in ranks]
+        assert sorted(torch.cat(sum((one[:2] for one in batches), [])).tolist() + batches[0][2].tolist()) == [
+            *range(18)
+        ]
+        assert all(len(index) == 8 // world for one in batches for index in one[:2])
+        assert all(torch.equal(one[2], batches[0][2]) for one in batches)  # two samples cannot be divided
     swept = [torch.cat([index for index, _ in one.sweep()]) for one in ranks]
     assert all(torch.equal(index, index.sort().values) for index in swept)
     assert sorted(torch.cat(swept).tolist()) == list(range(18))
@@ -60,6 +65,22 @@ def test_the_same_epoch_gives_the_same_bytes_whatever_was_drawn_before(manifest,
     (_, first), (_, second) = next(iter(fresh.epoch(3, views))), next(iter(fresh.epoch(4, views)))
     assert not torch.equal(first[0], second[0])
     assert not torch.equal(first[1], first[2])
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("reader", ["DALI", "torchvision"])
+def test_an_epoch_entered_in_the_middle_goes_on_with_the_same_bytes(manifest, kind, reader, monkeypatch):
+    monkeypatch.setattr(pipelines, "CHUNK", 2)
+    one = loader(manifest, kind)
+    one.reader = reader
+    whole = list(one.epoch(3))
+    assert len(whole) == len(one) == 5
+    for start in range(6):
+        rest = list(one.epoch(3, start=start))
+        assert len(rest) == 5 - start
+        for (index, views), (same_index, same_views) in zip(rest, whole[start:], strict=True):
+            assert torch.equal(index, same_index) and all(map(torch.equal, views, same_views))
+    assert not torch.equal(whole[0].views[1], whole[2].views[1])
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -9,13 +9,13 @@ import pytest
 from made_labels import drawn, labels
 from PIL import Image
 
-from flywheel_fast import audit, charts, cli, report
+from flywheel_fast import audit, charts, cli, duplicates, report
 from flywheel_fast.errors import BadInput
 
 NASTY = ("<script>alert(1)</script>", '"it\'s" & co', "עברית", "a" * 200, "{{ 1 / 0 }}", "two\nlines")
 METRICS = (
-    "cycle,test_acc_main,test_acc_aux,gamma,true_clean,selection_auroc,selection_ap,refurbish_acc\n"
-    "1,0.5,0.4,,0.7,,,\n2,0.7,0.75,0.6,0.7,0.8,0.7,0.8\n3,0.8,0.9,0.65,0.7,0.9,0.85,0.9\n"
+    "cycle,test_acc_main,test_acc_aux,gamma,true_clean,selection_auroc,selection_ap,selection_acc,refurbish_acc\n"
+    "1,0.5,0.4,,0.7,,,,\n2,0.7,0.75,0.6,0.7,0.8,0.7,0.75,0.8\n3,0.8,0.9,0.65,0.7,0.9,0.85,0.8,0.9\n"
 )
 PLAIN = "cycle,test_acc_main,gamma,true_clean\n1,0.5,,0.7\n2,0.8,,0.7\n"  # cross-entropy
 
@@ -179,6 +179,15 @@ def test_300_classes_are_a_picture_of_the_matrix(tmp_path):
     assert "And 240 classes with fewer suspects" in page.said()
 
 
+def test_broken_files_are_named_with_their_problem(tmp_path):
+    run = make_run(tmp_path / "run", labels(range(6), range(6), [0.99] * 6, root=tmp_path))
+    bad = "".join(f"{k}<b>.png,train,cat,is empty\n" for k in range(30))
+    (run / "bad_files.csv").write_text(f"file_name,split,label,problem\n{bad}")
+    said = page_of(run).said()
+    assert "30 files could not be trained on, and were left out" in said
+    assert "19<b>.png: is empty" in said and "20<b>.png" not in said
+
+
 def test_no_suspects(tmp_path):
     page = page_of(make_run(tmp_path / "run", labels(range(6), range(6), [0.99] * 6, classes=NASTY, root=tmp_path)))
     assert "none is suspect enough to be worth a look" in page.said()
@@ -217,9 +226,23 @@ def test_identical_files_with_different_labels_are_shown(tmp_path):
     same = (tmp_path / found.files[0]).read_bytes()
     (tmp_path / found.files[1]).write_bytes(same)  # another label
     (tmp_path / found.files[3]).write_bytes((tmp_path / found.files[2]).read_bytes())  # the same label
-    assert report._duplicates(found)["count"] == 1
+    assert duplicates.groups(found) == [[0, 1]]
     said = page_of(make_run(tmp_path / "run", found)).said()
-    assert f"{found.files[0]}: a {found.files[1]}: b" in said and f"{found.files[2]}: a" not in said
+    assert f"under different labels a{found.files[0]} b{found.files[1]}" in said and found.files[2] not in said
+
+
+def test_copies_that_were_scaled_and_compressed_are_found(tmp_path):
+    found = labels([0, 1, 1, 0, 1, 0, 1], [0] * 7, [0.9, 0.8, *[0.7] * 5], classes="ab", root=tmp_path)
+    write_images(found, size=(64, 64))
+    rng = np.random.default_rng(1)
+    photo = Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)).resize((200, 200))
+    photo.save(tmp_path / found.files[0])
+    photo.resize((90, 90)).point(lambda value: value * 0.7).save(tmp_path / found.files[1], "JPEG", quality=50)
+    for number in (3, 4):  # even areas
+        Image.new("RGB", (20, 20), ("white", "black")[number % 2]).save(tmp_path / found.files[number])
+    (tmp_path / found.files[5]).write_bytes(b"no picture")
+    (tmp_path / found.files[6]).unlink()
+    assert duplicates.groups(found) == [[1, 0]]  # the worse first
 
 
 def test_images_that_have_moved(tmp_path):
@@ -251,9 +274,9 @@ def test_runs_are_compared(tmp_path, monkeypatch):
     said = page.said()
     assert "most test images right at the end: b/run, 95.0%" in said
     assert "optim.lr 0.2 0.1" in said and "seed" not in said.split("What differs")[1].split("Corruption")[0]
-    accuracy, auroc, refurbished = re.findall(r"<svg.*?</svg>", page.source, re.S)
-    assert re.findall(r'<g class="(k.)">', accuracy + auroc + refurbished) == ["k0", "k1", "k1", "k1"]
-    assert [chart.count("<polyline") for chart in (accuracy, auroc, refurbished)] == [2, 1, 1]
+    accuracy, auroc, told_apart, refurbished = re.findall(r"<svg.*?</svg>", page.source, re.S)
+    assert re.findall(r'<g class="(k.)">', accuracy + auroc + told_apart + refurbished) == ["k0", *["k1"] * 4]
+    assert [chart.count("<polyline") for chart in (accuracy, auroc, told_apart, refurbished)] == [2, 1, 1, 1]
     assert len([table for table in page.of("table") if table.get("class") == "matrix long"]) == 2
     with pytest.raises(BadInput, match="named twice"):
         report.write([one, tmp_path / "b" / ".." / "a" / "run"])

@@ -1,5 +1,6 @@
 """Published layouts, tried on miniatures; tables and shards; and what is refused."""
 
+import gzip
 import io
 import json
 import os
@@ -132,6 +133,48 @@ def test_webvision_is_tested_on_imagenet_too(miniature):
     refused(config, "imagenet/val: class 'tench' is none of", "synsets.txt")
     shutil.rmtree(val)
     assert load(config).imagenet is None
+
+
+def write_idx(folder, packed, images, labels):
+    """The four files of MNIST; test images are the first two."""
+    folder.mkdir(exist_ok=True)
+    for prefix, count in (("train", None), ("t10k", 2)):
+        for what, array in (("images-idx3", images[:count]), ("labels-idx1", labels[:count])):
+            header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
+            content = header + array.astype(np.uint8).tobytes()
+            path = folder / f"{prefix}-{what}-ubyte"
+            if packed:
+                path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content))
+            else:
+                path.write_bytes(content)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_idx_files_bit_by_bit_and_in_their_order(tmp_path, packed):
+    images, labels = np.random.default_rng(0).integers(256, size=(5, 9, 9)), np.array([3, 9, 0, 3, 1])
+    write_idx(tmp_path / "idx", packed, images, labels)
+    train, test, *_ = load(DataConfig("fashion_mnist", str(tmp_path / "idx")))
+    assert train.labels.tolist() == labels.tolist() and test.labels.tolist() == [3, 9]
+    assert train.classes[9] == "Ankle boot" and len(train.classes) == 10
+    for file, pixels in zip(train.files, images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(train.root / file)), pixels)
+
+
+def test_damaged_idx_files_are_named(tmp_path):
+    config = DataConfig("mnist", str(tmp_path))
+    refused(config, tmp_path, "train-images-idx3-ubyte")
+    images, labels = np.zeros((4, 9, 9)), np.arange(4)
+    write_idx(tmp_path, False, images, labels + 8)
+    refused(config, tmp_path, "below 10")
+    write_idx(tmp_path, False, images, labels[:3])
+    refused(config, "4 images and 3 labels")
+    write_idx(tmp_path, False, images, labels)
+    path = tmp_path / "t10k-images-idx3-ubyte"
+    for content in (path.read_bytes()[:-1], b"", b"text, " * 9):
+        path.write_bytes(content)
+        refused(config, path, "idx")
+    path.with_name(f"{path.name}.gz").write_bytes(b"no gzip")
+    refused(config, f"{path.name}.gz", "unpacked")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])

@@ -9,20 +9,23 @@ PACKAGE = Path(flywheel_fast.__file__).parent
 FLOORS = [  # a module may import from floors below its own, and from the rooms named for it beside itself
     {"errors", "config", "__init__", "data.__init__", "data.cifar"},
     {"reference", "_C"},
-    {"ops"},
+    {"ops", "distributed"},
     {"em", "losses", "models", "learner", "env"}
     | {"data.manifest", "data.order", "data.pickles", "data.views"}
     | {"data.noise", "data.noise_files", "data.reviews"},
     {"data.sources.folders", "data.sources.tables", "data.sources.lists", "data.sources.arrays"}
     | {"data.sources.shards", "data.sources.cache", "data.plain"},
     {"data.sources.__init__", "data.fixtures", "data.memory"},
-    {"cycle", "data.pipelines", "checkpoint", "run_folder", "screen", "sinks"},
+    {"cycle", "data.pipelines", "checkpoint", "run_folder", "screen", "sinks", "pauses"},
     {"data.scan"},
     {"audit", "doctor", "data.check"},
-    {"plots", "charts", "labels", "card"},
-    {"report", "review", "trainer"},
+    {"plots", "labels", "card", "measures"},
+    {"review", "trainer"},
     {"predict"},
-    {"export", "api"},
+    {"embedding", "export"},
+    {"charts", "duplicates"},
+    {"report"},
+    {"api"},
     {"cli"},
     {"__main__"},
 ]

@@ -21,9 +21,12 @@ class Toy:
     test_x: torch.Tensor
     test_true: np.ndarray
 
-    def epoch(self, number, views):
+    def __len__(self):
+        return -(-len(self.labels) // 100)
+
+    def epoch(self, number, views, start=0):
         order = torch.from_numpy(np.random.default_rng((7, number)).permutation(len(self.labels)))
-        for index in order.split(100):
+        for index in order.split(100)[start:]:
             yield index, (self.x[index],) * len(views)
 
     def sweep(self):

@@ -3,14 +3,14 @@
 import numpy as np
 
 
-def epoch_order(n: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> np.ndarray:
-    """Indices [about n / world] int64 of one rank; over all ranks every sample comes exactly once."""
-    return np.random.default_rng((seed, epoch)).permutation(n)[rank::world]
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """Indices [n] int64, every sample once."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-def balanced_order(labels: np.ndarray, size: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> np.ndarray:
-    """Indices [size / world] int64 of one rank: over all ranks as many of each class that is in `labels` [N] as of any
-    other, give or take one. A class goes round its samples from epoch to epoch, each turn in a new order."""
+def balanced_order(labels: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """Indices [size] int64: as many of each class that is in `labels` [N] as of any other, give or take one. A class
+    goes round its samples from epoch to epoch, each turn in a new order."""
     members = np.argsort(labels, kind="stable")
     groups = [group for group in np.split(members, np.bincount(labels).cumsum()[:-1]) if len(group)]
     drawn = []
@@ -19,4 +19,4 @@ def balanced_order(labels: np.ndarray, size: int, seed: int, epoch: int, rank: i
         turn, place = np.divmod(np.arange(epoch * share, (epoch + 1) * share), len(group))
         for one in np.unique(turn):
             drawn.append(np.random.default_rng((seed, number, one)).permutation(group)[place[turn == one]])
-    return np.random.default_rng((seed, epoch)).permutation(np.concatenate(drawn))[rank::world]
+    return np.random.default_rng((seed, epoch)).permutation(np.concatenate(drawn))

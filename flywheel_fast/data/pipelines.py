@@ -1,8 +1,8 @@
 """NVIDIA DALI decodes each image once and cuts its views; index and views come out, never targets.
 
-The only importer of nvidia.dali; where that is not installed, `plain` does its work. A graph is described once; the
-pipeline made of it lives for one epoch: its seed is a function of (seed, epoch, rank), its order comes from
-`order.epoch_order`, so the same epoch gives the same bytes whatever was drawn before.
+The only importer of nvidia.dali; where that is not installed, `plain` does its work. A graph is described once; a
+pipeline made of it lives for CHUNK batches: its seed is a function of (seed, epoch, rank, chunk), its order comes from
+`order.epoch_order`, so a batch has the same bytes whatever was drawn before, and wherever its epoch is entered.
 """
 
 import io
@@ -24,9 +24,11 @@ from flywheel_fast.data.views import BLUR_SIGMA, WHOLE_CROP, ViewsConfig
 from flywheel_fast.errors import BadInput
 
 TRANSLATION = 150 / 331  # RandAugment's greatest shift, a share of the image's side (Cubuk et al. 2020)
+SWEEP_BATCH = 500  # small images
 DECODE_BATCH = 64  # photographs of 12 megapixels take 2 GB then
 SCAN_BATCH = 16  # DALI 2.x dies of a segmentation fault where many of a larger batch are broken: of 32, eight suffice
 AHEAD = 2  # batches under way in DALI
+CHUNK = 256  # batches; an epoch that is entered in the middle draws the earlier ones of its chunk again
 MOST_BROKEN = 100  # files looked for, once one is found
 
 
@@ -40,8 +42,9 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Batches of one manifest, without what a review dropped. Images stay decoded on the device if `memory` has room
-    there, else decoded in host memory, else as files in it; `kept` says what became of it."""
+    """Batches of one manifest, without what a review dropped: of each batch, the part of process `rank` of `world`.
+    Images stay decoded on the device if `memory` has room there, else decoded in host memory, else as files in it;
+    `kept` says what became of it."""
 
     def __init__(
         self,
@@ -70,42 +73,49 @@ class Loader:
         self.kept = self._keep(memory) if memory else "read from files"
 
     def __len__(self) -> int:
-        """Batches of an epoch, on this rank."""
+        """Batches of an epoch."""
         return self.balanced_batches or -(-self.drawn // self.batch_size)
 
     @property
     def drawn(self) -> int:
-        """Samples of an epoch, on this rank."""
-        if self.balanced_batches:
-            return self.balanced_batches * self.batch_size
-        return len(self.used[self.rank :: self.world])
+        """Samples of an epoch, of all processes."""
+        return self.balanced_batches * self.batch_size if self.balanced_batches else len(self.used)
 
-    def epoch(self, epoch: int, views: tuple[str, ...] = ("weak", "strong")) -> Iterator[Batch]:
-        """Every sample of this rank once, shuffled, the last batch may be short; or the class-balanced batches."""
+    def epoch(self, epoch: int, views: tuple[str, ...] = ("weak", "strong"), start: int = 0) -> Iterator[Batch]:
+        """Every sample once, shuffled, the last batch may be short; or the class-balanced batches. The first `start`
+        batches are left out. A batch that would leave a process less than two samples is given to all of them whole."""
         if self.balanced_batches:
-            labels, size = self.manifest.labels[self.used], self.drawn * self.world
-            order = balanced_order(labels, size, self.seed, epoch, self.rank, self.world)
+            order = balanced_order(self.manifest.labels[self.used], self.drawn, self.seed, epoch)
         else:
-            order = epoch_order(len(self.used), self.seed, epoch, self.rank, self.world)
-        seed = int(np.random.SeedSequence((self.seed, epoch, self.rank)).generate_state(1)[0]) & 0x7FFFFFFF
-        return self._batches(self.used[order], self.batch_size, views, seed)
+            order = epoch_order(self.drawn, self.seed, epoch)
+        pieces = _pieces(self.used[order], self.batch_size)
+        parts = [piece[self.rank :: self.world] if len(piece) >= 2 * self.world else piece for piece in pieces]
+        return self._batches(parts, views, epoch, start)
 
     def sweep(self) -> Iterator[Batch]:
-        """The clean view of every sample of this rank once, in order, in larger batches."""
-        size = 500 if self.views.image_size <= 64 else DECODE_BATCH
-        return self._batches(self.used[self.rank :: self.world], size, ("clean",), seed=0)
+        """The clean view of every sample once, in order, in larger batches; those of other processes are left out."""
+        size = SWEEP_BATCH if self.views.image_size <= 64 else DECODE_BATCH
+        return self._batches(_pieces(self.used[self.rank :: self.world], size), ("clean",))
 
-    def _batches(self, order: np.ndarray, batch_size: int, views: tuple[str, ...], seed: int) -> Iterator[Batch]:
-        pieces = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    def _batches(
+        self, pieces: list[np.ndarray], views: tuple[str, ...], epoch: int = 0, start: int = 0
+    ) -> Iterator[Batch]:
         at_hand = isinstance(self.images, Tensor)  # the clean view is in there
         drawn = tuple(view for view in views if view != "clean" or not at_hand)  # by DALI
-        outputs = self._run(pieces, drawn, seed) if drawn else ([] for _ in pieces)
-        for piece, images in zip(pieces, outputs, strict=True):
-            by_name = dict(zip(drawn, images, strict=True))
-            if "clean" in views and at_hand:
-                inner = slice(self.views.pad, self.views.pad + self.views.image_size)
-                by_name["clean"] = self._normalise(self._gathered(piece)[:, inner, inner])
-            yield Batch(torch.from_numpy(piece).to(self.device), tuple(by_name[view] for view in views))
+        for chunk in range(start // CHUNK, -(-len(pieces) // CHUNK)):
+            seeds = np.random.SeedSequence((self.seed, epoch, self.rank), spawn_key=(chunk,) if chunk else ())
+            seed = int(seeds.generate_state(1)[0]) & 0x7FFFFFFF
+            first = chunk * CHUNK
+            together = pieces[first : first + CHUNK]
+            outputs = self._run(together, drawn, seed) if drawn else ([] for _ in together)
+            for number, (piece, images) in enumerate(zip(together, outputs, strict=True), first):
+                if number < start:
+                    continue
+                by_name = dict(zip(drawn, images, strict=True))
+                if "clean" in views and at_hand:
+                    inner = slice(self.views.pad, self.views.pad + self.views.image_size)
+                    by_name["clean"] = self._normalise(self._gathered(piece)[:, inner, inner])
+                yield Batch(torch.from_numpy(piece).to(self.device), tuple(by_name[view] for view in views))
 
     def _normalise(self, images: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 -> [B, 3, H, W] float32 on the device."""
@@ -266,6 +276,10 @@ class Loader:
             path = self.manifest.root / self.manifest.files[piece[0]]
             reason = error.strerror if isinstance(error, OSError) else _why_refused(path.read_bytes())
             yield int(piece[0]), f"cannot be read as an image ({reason})"
+
+
+def _pieces(order: np.ndarray, size: int) -> list[np.ndarray]:
+    return [order[at : at + size] for at in range(0, len(order), size)]
 
 
 def _why_refused(content: bytes) -> str:

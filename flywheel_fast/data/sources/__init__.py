@@ -21,6 +21,8 @@ SOURCES: dict[str, Callable[[Path], tuple[Manifest | None, ...]]] = {
     "webdataset": shards.read,
     "cifar10": lambda root: arrays.cifar(root, "cifar10"),
     "cifar100": lambda root: arrays.cifar(root, "cifar100"),
+    "mnist": lambda root: arrays.idx(root, "mnist"),
+    "fashion_mnist": lambda root: arrays.idx(root, "fashion_mnist"),
     "tiny_imagenet": lists.tiny_imagenet,
     "clothing1m": lists.clothing1m,
     "webvision": lambda root: lists.webvision(root, mini=False),
@@ -38,6 +40,8 @@ class DataConfig:
         "webdataset",
         "cifar10",
         "cifar100",
+        "mnist",
+        "fashion_mnist",
         "tiny_imagenet",
         "clothing1m",
         "webvision",
@@ -48,6 +52,8 @@ class DataConfig:
     such a metadata.csv; webdataset: a folder of tar shards; the others as they are published (docs/data.md)."""
     root: str = ""
     """The folder, or the table (its paths are relative to it)."""
+    images: str = ""
+    """The folder that a table's paths are relative to, where that is not the table's own."""
     download: bool = False
     """CIFAR-10 and -100 that are not in `root` yet are downloaded into it, by torchvision."""
     skip: str | None = None
@@ -76,6 +82,8 @@ class DataConfig:
     def __post_init__(self):
         if self.source != "digits" and not self.root:
             raise ValueError(f"data.source={self.source} needs data.root=PATH")
+        if self.images and self.source != "csv":
+            raise ValueError(f"data.images is for data.source=csv, not for {self.source}; data.root names its folder")
         if self.download and self.source not in arrays.LAYOUT:
             raise ValueError(f"data.download=true is for {', '.join(arrays.LAYOUT)}, not for {self.source}")
         if not 0 < self.holdout < 1:
@@ -112,7 +120,8 @@ def load(config: DataConfig, present: bool = True) -> Data:
     """
     if config.download:
         arrays.download(Path(config.root), config.source)
-    train, *rest = SOURCES[config.source](Path(config.root))
+    root, images = Path(config.root), Path(config.images) if config.images else None
+    train, *rest = tables.read(root, images) if images else SOURCES[config.source](root)
     tests = {name: part for name, part in zip(("test", "imagenet"), rest, strict=False) if part is not None}
     if len(train.classes) < 2:
         raise BadInput(f"{train.root}: holds one class only ({train.classes[0]!r}); a classifier needs at least two")

@@ -1,7 +1,10 @@
-"""Data sets that are arrays, not files: CIFAR's pickles, scikit-learn's digits; written once as PNG into the cache."""
+"""Data sets that are arrays, not files: CIFAR's pickles, MNIST's idx files, scikit-learn's digits; written once as PNG
+into the cache."""
 
+import gzip
 import hashlib
 import io
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +22,9 @@ LAYOUT = {  # folder as unpacked, training and test batches, key of the labels; 
     ),
     "cifar100": ("cifar-100-python", ["train"], ["test"], "fine_labels", "meta", "fine_label_names"),
 }
+FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+IDX_CLASSES = {"mnist": tuple("0123456789"), "fashion_mnist": FASHION}
+Split = tuple[np.ndarray, np.ndarray]  # pixels [N, H, W] or [N, H, W, 3] uint8, labels [N] int64
 
 
 def cifar(root: Path, name: str) -> tuple[Manifest, Manifest]:
@@ -41,14 +47,50 @@ def cifar(root: Path, name: str) -> tuple[Manifest, Manifest]:
     for split, batches in (("train", train), ("test", test)):
         read = [_batch(base / batch, label_key, len(classes)) for batch in batches]
         parts[split] = tuple(np.concatenate(columns) for columns in zip(*read, strict=True))
+    return _written({split: (_upright(pixels), labels) for split, (pixels, labels) in parts.items()}, classes, name)
+
+
+def idx(root: Path, name: str) -> tuple[Manifest, Manifest]:
+    """MNIST or Fashion-MNIST from their four published files, `train-images-idx3-ubyte` and so on, packed or not."""
+    classes = IDX_CLASSES[name]
+    parts = {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        images, labels = (_idx(root, f"{prefix}-{what}-ubyte") for what in ("images-idx3", "labels-idx1"))
+        if len(images) != len(labels) or not len(labels) or labels.max() >= len(classes):
+            raise BadInput(
+                f"{root}: the {prefix} files hold {len(images)} images and {len(labels)} labels; as many are needed of "
+                f"both, and labels below {len(classes)}"
+            )
+        parts[split] = images, labels.astype(np.int64)
+    return _written(parts, classes, name)
+
+
+def _idx(root: Path, name: str) -> np.ndarray:
+    """The array of an idx file: two zeros, 8 for bytes, the number of axes, their lengths, the bytes."""
+    path = next((root / file for file in (f"{name}.gz", name) if (root / file).is_file()), None)
+    if path is None:
+        raise BadInput(f"{root}: holds no {name} or {name}.gz; put the four published files there")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadInput(f"{path}: cannot be unpacked ({error}); get it anew") from error
+    axes = int(name[-len("1-ubyte")])
+    shape = np.frombuffer(content[4 : 4 + 4 * axes], ">u4") if len(content) >= 4 + 4 * axes else np.array([])
+    if content[:4] != bytes((0, 0, 8, axes)) or len(content) - 4 - 4 * axes != shape.prod(dtype=object):
+        raise BadInput(f"{path}: is no idx file of bytes with {axes} axes, or is cut short; get it anew")
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+def _written(parts: dict[str, Split], classes: tuple[str, ...], name: str) -> tuple[Manifest, Manifest]:
+    """The training and the test split, in this order, as PNG files in the cache."""
     sha = hashlib.sha256()
     for pixels, _ in parts.values():
         sha.update(str(len(pixels)).encode())
-        sha.update(pixels)
+        sha.update(np.ascontiguousarray(pixels))
     pictures = (
         (f"{split}/{number:05}.png", _png(image))
         for split, (pixels, _) in parts.items()
-        for number, image in enumerate(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        for number, image in enumerate(pixels)
     )
     total = sum(len(labels) for _, labels in parts.values())
     pngs = cache.made_once(f"{name}-{sha.hexdigest()[:16]}", pictures, total)
@@ -59,6 +101,11 @@ def cifar(root: Path, name: str) -> tuple[Manifest, Manifest]:
         return Manifest(pngs, files, labels, classes)
 
     return manifest("train"), manifest("test")
+
+
+def _upright(pixels: np.ndarray) -> np.ndarray:
+    """[N, 3072], channels first -> [N, 32, 32, 3]."""
+    return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
 
 
 def download(root: Path, name: str) -> None:

@@ -14,10 +14,11 @@ from flywheel_fast.errors import BadInput
 SPLITS = ("train", *TEST_FOLDERS)
 
 
-def read(path: Path) -> tuple[Manifest, Manifest | None]:
+def read(path: Path, images: Path | None = None) -> tuple[Manifest, Manifest | None]:
     """A table with columns file_name (or image_path), label, and if there are any split and true_label; or a folder
-    with metadata.csv or .parquet in it or in its train, test and validation folders. Paths are relative to it."""
-    root = path if path.is_dir() else path.parent
+    with metadata.csv or .parquet in it or in its train, test and validation folders. Paths are relative to it, or to
+    the folder `images`."""
+    root = images or (path if path.is_dir() else path.parent)
     table = _Table(_metadata(path) if path.is_dir() else [(path, "")])
     in_train = table.split == "train"
     if not in_train.any():
@@ -26,7 +27,8 @@ def read(path: Path) -> tuple[Manifest, Manifest | None]:
         table.odd_paths
         and (row := next((i for i, name in enumerate(table.files) if leads_out(name)), None)) is not None
     ):
-        raise BadInput(f"{table.place(row)}: {table.files[row]!r} lies outside {root}; put the table above its images")
+        cure = "put the table above its images, or name their folder by data.images"
+        raise BadInput(f"{table.place(row)}: {table.files[row]!r} lies outside {root}; {cure}")
     values, codes = table.labels["label"]
     classes = tuple(natural(values[np.unique(codes[in_train])].tolist()))
 
