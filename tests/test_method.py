@@ -1,9 +1,12 @@
 """The method's properties, on the toy of docs/method.md: ten Gaussian classes, small MLPs, known truth."""
 
+import traceback
+
 import numpy as np
 import pytest
 import torch
 import toy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flywheel_fast import ops, reference
 from flywheel_fast.em import EMState, Expectation
@@ -244,3 +247,24 @@ def test_memorised_labels_are_noticed():
     """Soft targets where networks memorise: gamma runs to 1, and the state says so."""
     _, gamma, cycle = toy.run(toy.make("asym", 0.4), epochs=30, **toy.LITERAL | {"target": "soft_q"}, confidence=0.0)
     assert gamma > 0.995 and "gamma near 1" in cycle.state.ailments(range(toy.C))
+
+
+def test_a_training_step_reads_nothing_from_the_device():
+    """Where it did, a GPU would stand still at each step until the host has asked for more."""
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op is torch.ops.aten._local_scalar_dense.default:
+                stack = "".join(traceback.format_stack())
+                if "update_parameters" not in stack:  # torch's average counts its steps on the host
+                    read.append(stack)
+            return op(*args, **(kwargs or {}))
+
+    data, read = toy.make("pair", 0.3), []
+    _, _, cycle = toy.run(data, epochs=3, ema=0.9, warmup=2)
+    cycle.main.total_steps = cycle.aux.total_steps = 10**6
+    with Reads():
+        cycle.msteps(data, 3)
+        assert not read, read[0]
+        bool(cycle.main.skipped_last)
+    assert len(read) == 1  # which it would have noticed

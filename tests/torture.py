@@ -2,15 +2,17 @@
 
     python -m tests.torture --moments 50 [--processes 2]
 
-A training of six epochs is killed (SIGKILL) at a moment drawn from its whole length, resumed with the same words,
-killed again, until one ends; then the next begins. Weights, labels and metrics must be those of a run that nobody
-disturbed, byte for byte. With --processes it runs under torchrun, and one process is killed by turns with all of them.
+A training of six epochs is killed (SIGKILL) at a random moment after its first word, each fifth time after its start;
+resumed with the same words, killed again, until one ends; then the next begins. Weights, labels and metrics must be
+those of a run that nobody disturbed, byte for byte. With --processes it runs under torchrun, and one process is killed
+by turns with all of them.
 """
 
 import argparse
 import csv
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -54,6 +56,22 @@ def kill(process: subprocess.Popen, processes: int, one: bool) -> str:
     return "all processes" if processes > 1 else "the process"
 
 
+def spoke(process: subprocess.Popen, out: Path) -> float:
+    """When a new line stands in the log, or the process has ended."""
+    log = out / "train.log"
+    before = log.stat().st_size if log.exists() else 0
+    while process.poll() is None and (not log.exists() or log.stat().st_size == before):
+        time.sleep(0.01)
+    return time.monotonic()
+
+
+def last_word(out: Path) -> str:
+    """Of the places that the log tells."""
+    log = (out / "train.log").read_text() if (out / "train.log").exists() else ""
+    places = re.findall(r"(epoch +\d+/\d+|going on after .*|Result|time  .*)", log)
+    return places[-1] if places else "nothing said"
+
+
 def ended_as(run: Path) -> list:
     with open(run / "metrics.csv", newline="") as file:
         rows = [
@@ -72,29 +90,26 @@ def main() -> None:
     rng = random.Random(asked.seed)
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder, "whole")
-        began = time.monotonic()
-        assert start(whole, asked.processes).wait() == 0, whole.with_suffix(".said").read_text()
+        process = start(whole, asked.processes)
+        began = spoke(process, whole)
+        assert process.wait() == 0, whole.with_suffix(".said").read_text()
         length = time.monotonic() - began
         moment, runs, unequal = 0, 0, 0
         while moment < asked.moments:
             runs += 1
             out = Path(folder, f"killed-{runs}")
             while True:
-                began, process = time.monotonic(), start(out, asked.processes)
+                process, early = start(out, asked.processes), moment % 5 == 4
+                began = time.monotonic() if early else spoke(process, out)
                 after = rng.uniform(0, length) if moment < asked.moments else 1e6
                 try:
                     status = process.wait(after)
-                    length = min(length, time.monotonic() - began)  # the machine may have become quicker
                     break
                 except subprocess.TimeoutExpired:
                     moment += 1
                     what = kill(process, asked.processes, one=moment % 2 == 1)
-                    log = out / "train.log"
-                    lines = log.read_text().splitlines() if log.exists() else []
-                    print(
-                        f"{moment:>3}  killed {what} after {after:5.1f} s; last: {(lines or ['nothing'])[-1][:90]}",
-                        flush=True,
-                    )
+                    since = "its start" if early else "its first word"
+                    print(f"{moment:>3}  killed {what} {after:4.1f} s after {since}; {last_word(out)}", flush=True)
             said = out.with_suffix(".said").read_text()
             equal = status == 0 and ended_as(out) == ended_as(whole)
             unequal += not equal
