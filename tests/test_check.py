@@ -38,7 +38,8 @@ def test_every_config_trains_to_the_end_on_its_miniature(miniatures, tmp_path, m
     assert ("imagenet_acc_main" in json.loads((tmp_path / "runs" / name / "result.json").read_bytes())) == (
         name == "webvision"
     )
-    assert (tmp_path / "runs" / name / "train.log").read_text().count("all but vanished") <= 4  # in its one cycle
+    said = (tmp_path / "runs" / name / "train.log").read_text()
+    assert said.count("all but vanished") <= 8  # after the warm-up, and after the cycle
     assert bool(last["imagenet_top5_aux"]) == (name == "webvision")
     assert bool(last["test_top5_main"]) == (name in ("webvision", "cifar100"))
     with open(tmp_path / "runs" / name / "labels" / "issues.csv", newline="") as file:
