@@ -139,7 +139,8 @@ def test_label_studio(tmp_path):
 
 
 def test_label_studios_own_checks(tmp_path):
-    interface = pytest.importorskip("label_studio_sdk.label_interface")
+    why_absent = "needs pip install label-studio-sdk, which brings sixty packages"
+    interface = pytest.importorskip("label_studio_sdk.label_interface", reason=why_absent)
     run, _ = make_run(tmp_path)
     out, _ = labels.export(run, "label-studio")
     config = interface.LabelInterface((out / "label_config.xml").read_text())
