@@ -81,7 +81,13 @@ class Reviewer:
     def __init__(self, run, page_at, **look):
         command = [sys.executable, "-m", "flywheel_fast", "review", str(run)]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background are deaf to it
+        )
         self.url = re.search(r"http://127\.0\.0\.1:\d+/\S+/", self.process.stdout.readline()).group()
         self.page = page_at(self.url, **look)
 
