@@ -1,15 +1,13 @@
 """The pages in a real browser: what is decided is never lost, and every page is whole at any width, light and dark."""
 
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from cli import begin
 from made_labels import drawn, labels
 from PIL import Image, ImageDraw
 from test_report import make_run
@@ -79,15 +77,7 @@ class Reviewer:
     """`flywheel-fast review` as a process of its own, and a page of it."""
 
     def __init__(self, run, page_at, **look):
-        command = [sys.executable, "-m", "flywheel_fast", "review", str(run)]
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-        self.process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background are deaf to it
-        )
+        self.process = begin("review", run, stdout=subprocess.PIPE)
         self.url = re.search(r"http://127\.0\.0\.1:\d+/\S+/", self.process.stdout.readline()).group()
         self.page = page_at(self.url, **look)
 

@@ -1,6 +1,5 @@
 """Several processes, started by torchrun, do what one does; one that dies is started anew and nothing is lost."""
 
-import csv
 import os
 import shutil
 import signal
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_stopping import SHORT, ended_as
+from cli import ended_as, rows
+from test_stopping import SHORT
 
 from flywheel_fast import distributed
 
@@ -36,13 +36,6 @@ def finished(process: subprocess.Popen) -> str:
 def train(processes: int, out: str, *words, cwd: Path, options=()) -> subprocess.Popen:
     command = ["-m", "flywheel_fast", "train", *SHORT, "--out", out, *words]
     return torchrun(processes, *command, cwd=cwd, options=options)
-
-
-def rows(run: Path) -> list[dict]:
-    if not (run / "metrics.csv").exists():
-        return []
-    with open(run / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_one_two_and_four_processes_know_the_same(tmp_path):

@@ -6,8 +6,9 @@ import time
 
 import pytest
 import torch
-from cli import flywheel
-from test_stopping import SHORT, After, ended_as, train
+from cli import ended_as, flywheel
+from conftest import small_disk
+from test_stopping import SHORT, After, train
 from torch import nn
 
 from flywheel_fast import checkpoint, config, cycle, run_folder, trainer
@@ -90,11 +91,7 @@ def test_out_of_memory_names_the_batch_size_to_try(tmp_path, monkeypatch):
 
 
 def test_a_run_folder_that_becomes_read_only(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("cannot mount a small file system here: needs root")
-    try:
+    with small_disk(tmp_path / "disk", "40m") as disk:
         with pytest.raises(Stopped):
             train(disk / "run", pauses=After(6))
         before = (disk / "run/weights/last.pt").read_bytes()
@@ -108,8 +105,6 @@ def test_a_run_folder_that_becomes_read_only(tmp_path):
         train(disk / "run")
         train(tmp_path / "whole")
         assert ended_as(disk / "run") == ended_as(tmp_path / "whole")
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 # -- the folders -------------------------------------------------------------------------------------------------------

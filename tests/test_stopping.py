@@ -1,7 +1,5 @@
 """A training that is stopped, anywhere and often, ends with the bytes of one that was not."""
 
-import csv
-import os
 import random
 import signal
 import subprocess
@@ -9,7 +7,7 @@ import sys
 import time
 
 import pytest
-from cli import flywheel
+from cli import begin, ended_as, flywheel
 
 from flywheel_fast import config, run_folder, trainer
 from flywheel_fast.data import pipelines
@@ -35,16 +33,6 @@ def train(out, *words, pauses=None) -> None:
     settings = config.load(trainer.Config, "digits", [*SHORT, *words])
     out.mkdir(exist_ok=True)
     trainer.Trainer(settings, out, run_folder.resumable(out), pauses).run()
-
-
-def ended_as(run):
-    """What must not depend on interruptions."""
-    with open(run / "metrics.csv", newline="") as file:
-        rows = [
-            [(key, value) for key, value in row.items() if not key.startswith(("sec_", "waiting"))]
-            for row in csv.DictReader(file)
-        ]
-    return (run / "weights/model.safetensors").read_bytes(), (run / "labels/samples.parquet").read_bytes(), rows
 
 
 @pytest.mark.parametrize("words", [[], ["cycle.noise_model=em", "cycle.contrastive=0.1", "cycle.target=soft_q"]])
@@ -117,13 +105,7 @@ with pauses.Pauses().listening() as heard:
 
 def test_a_signal_ends_with_75_and_the_same_words_go_on(tmp_path):
     words = ["train", *SHORT, "optim.epochs=6", "--out", "a", "--resume", "auto"]
-    stopped = subprocess.Popen(
-        [sys.executable, "-m", "flywheel_fast", *words],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    stopped = begin(*words, cwd=tmp_path, stderr=subprocess.PIPE)
     while not (tmp_path / "a/metrics.csv").exists():
         assert stopped.poll() is None
         time.sleep(0.02)

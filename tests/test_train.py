@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -15,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from cli import flywheel
+from cli import begin, ended_as, flywheel, rows
+from conftest import small_disk
 
 from flywheel_fast import config, trainer
 from flywheel_fast.data.pipelines import Loader
@@ -23,11 +23,6 @@ from flywheel_fast.data.pipelines import Loader
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SHORT = ["optim.epochs=3", "cycle.warmup=1", "data.train_size=200", "data.test_size=100"]
-
-
-def rows(run):
-    with open(run / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def refused(result, status, *said):
@@ -125,25 +120,13 @@ def test_the_literal_cycle_collapses_and_says_so(tmp_path):
 # -- stopping and going on ---------------------------------------------------------------------------------------------
 
 
-def same_run(one, two):
-    assert (one / "weights/model.safetensors").read_bytes() == (two / "weights/model.safetensors").read_bytes()
-    without_seconds = [
-        [{key: value for key, value in row.items() if not key.startswith(("sec_", "waiting"))} for row in rows(run)]
-        for run in (one, two)
-    ]
-    assert without_seconds[0] == without_seconds[1]
-    assert (one / "labels/samples.parquet").read_bytes() == (two / "labels/samples.parquet").read_bytes()
-
-
 def test_a_run_killed_in_the_middle_of_a_cycle_ends_with_the_same_bytes(tmp_path):
     words = ["train", "optim.epochs=8", "cycle.warmup=2", "--out", "killed", "--resume", "auto"]
     words += ["--checkpoint-every", "4"]
     assert flywheel(*words[:3], "--out", "whole", cwd=tmp_path).returncode == 0
-    command = [sys.executable, "-m", "flywheel_fast", *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for wanted in (3, 5):  # killed twice, a little after an epoch has ended: in the middle of the next
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
-        while not ((tmp_path / "killed/metrics.csv").exists() and len(rows(tmp_path / "killed")) >= wanted):
+        process = begin(*words, cwd=tmp_path, stdout=subprocess.DEVNULL)
+        while len(rows(tmp_path / "killed")) < wanted:
             assert process.poll() is None
             time.sleep(0.02)
         time.sleep(0.15)
@@ -152,7 +135,7 @@ def test_a_run_killed_in_the_middle_of_a_cycle_ends_with_the_same_bytes(tmp_path
         assert len(rows(tmp_path / "killed")) < 8
     result = flywheel(*words, cwd=tmp_path)
     assert result.returncode == 0 and "going on after epoch" in result.stdout
-    same_run(tmp_path / "whole", tmp_path / "killed")
+    assert ended_as(tmp_path / "killed") == ended_as(tmp_path / "whole")
 
 
 def test_more_epochs_on_a_finished_run_and_a_changed_config_refused(tmp_path):
@@ -173,15 +156,7 @@ def test_more_epochs_on_a_finished_run_and_a_changed_config_refused(tmp_path):
 
 def test_ctrl_c_ends_with_a_resumable_run_and_130(tmp_path):
     words = ["train", "optim.epochs=12", "cycle.warmup=1", "data.train_size=400", "--out", "a"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flywheel_fast", *words],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background starts deaf to it
-    )
+    process = begin(*words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while not (tmp_path / "a/metrics.csv").exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -289,11 +264,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tmp_path):
 
 
 def test_a_full_disk_is_named_and_the_checkpoint_before_survives(tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", small], capture_output=True).returncode:
-        pytest.skip("cannot mount a small file system here: needs root")
-    try:
+    with small_disk(tmp_path / "small", "8m") as small:
         assert flywheel("train", *SHORT, "--out", small / "a", cwd=tmp_path).returncode == 0
         before = (small / "a/weights/last.pt").read_bytes()
         (small / "fill").write_bytes(b"x" * max(0, shutil.disk_usage(small).free - 100_000))
@@ -302,8 +273,6 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_survives(tmp_path):
         assert (small / "a/weights/last.pt").read_bytes() == before
         (small / "fill").unlink()
         assert flywheel("train", "--resume", small / "a", "optim.epochs=5", cwd=tmp_path).returncode == 0
-    finally:
-        subprocess.run(["umount", small], check=True)
 
 
 def test_debug_shows_the_traceback(tmp_path):

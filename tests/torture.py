@@ -9,7 +9,6 @@ by turns with all of them.
 """
 
 import argparse
-import csv
 import os
 import random
 import re
@@ -19,6 +18,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from tests.cli import ended_as
 
 WORDS = ["train", "optim.epochs=6", "cycle.warmup=2", "data.train_size=400", "data.test_size=100"]
 WORDS += ["--resume", "auto", "--checkpoint-every", "3"]
@@ -70,15 +71,6 @@ def last_word(out: Path) -> str:
     log = (out / "train.log").read_text() if (out / "train.log").exists() else ""
     places = re.findall(r"(epoch +\d+/\d+|going on after .*|Result|time  .*)", log)
     return places[-1] if places else "nothing said"
-
-
-def ended_as(run: Path) -> list:
-    with open(run / "metrics.csv", newline="") as file:
-        rows = [
-            {key: value for key, value in row.items() if not key.startswith(("sec_", "waiting"))}
-            for row in csv.DictReader(file)
-        ]
-    return [(run / "weights/model.safetensors").read_bytes(), (run / "labels/samples.parquet").read_bytes(), rows]
 
 
 def main() -> None:
