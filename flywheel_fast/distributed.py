@@ -4,12 +4,14 @@ Every process holds the state of all samples, but finds it anew for its own shar
 sum in which each sample has one addend, so that it is exact. One process alone tells nobody anything.
 """
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+import torch.distributed.nn  # imported after joining, as DDP would, it keeps the processes' group for ever
 from torch import Tensor, distributed, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
@@ -46,7 +48,9 @@ class Group:
         return torch.device("cuda", self.gpu) if torch.cuda.is_available() else torch.device("cpu")
 
     def leave(self) -> None:
+        """Ends gloo's threads: one that lets a tensor go while Python shuts down aborts the process."""
         if self.world > 1:
+            gc.collect()  # DistributedDataParallel, which has the group too, is in cycles
             distributed.destroy_process_group()
 
     def first(self, make: Callable[[], T]) -> T:

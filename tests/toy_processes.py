@@ -5,6 +5,7 @@ The networks compute in float64, so that what differs between one process and se
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,9 +43,7 @@ class MLP(toy.MLP):
         return super().forward(x).float()
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    group = Group.join()
+def train(group: Group) -> None:
     whole = toy.make("pair", 0.3)
     n = SAMPLES
     data = Shared(whole.x[:n].double(), whole.true[:n], whole.labels[:n], whole.test_x, whole.test_true, group)
@@ -62,4 +61,12 @@ if __name__ == "__main__":
     parts = cycle.state_dict()
     if not group.rank:
         torch.save(parts["state"] | losses | {"ema": parts["aux"]["ema"]}, sys.argv[1])
-    group.leave()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    processes = Group.join()
+    train(processes)
+    processes.leave()
+    threads = [name.read_text() for name in Path("/proc/self/task").glob("*/comm")]
+    assert not any("gloo" in name for name in threads), threads
