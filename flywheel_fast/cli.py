@@ -92,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--overwrite", action="store_true", help="replace the run that stands in the folder")
     train.set_defaults(run=_train)
 
+    embed = commands.add_parser("embed", parents=[common], help="features of all images, to train heads on")
+    embed.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="a config with pretrained weights")
+    embed.add_argument("-o", required=True, metavar="FEATURES", help="a new folder, or one to go on with")
+    embed.add_argument("--draws", type=int, default=1, metavar="N", help="weak and strong views of each image (1)")
+    embed.set_defaults(run=_embed)
+
     report = commands.add_parser("report", parents=[common], help="a page of what a run found, or of how runs compare")
     report.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a finished run")
     report.add_argument("-o", metavar="FILE", help="the page (default: RUN/report.html; of several: comparison.html)")
@@ -223,6 +229,22 @@ def _train(args: argparse.Namespace) -> None:
         raise
     finally:
         group.leave()
+
+
+def _embed(args: argparse.Namespace) -> None:
+    from flywheel_fast import config
+    from flywheel_fast.embed import embed
+    from flywheel_fast.trainer import Config
+
+    if args.draws < 0:
+        raise BadInput(f"--draws must not be negative, not {args.draws}")
+    name, changes = _config_and_changes(args.words)
+    count = embed(config.load(Config, name, changes), Path(args.o), args.draws, _say_left)
+    print(f"features of {count:,} images: train on them with `flywheel-fast train embeddings data.features={args.o}`")
+
+
+def _say_left(seconds: float) -> None:
+    print(f"about {seconds / 60:.0f} min to go" if seconds > 90 else f"about {seconds:.0f} s to go")
 
 
 def _report(args: argparse.Namespace) -> None:

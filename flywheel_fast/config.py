@@ -63,6 +63,14 @@ def load(schema: type[T], name: str | None, overrides: list[str] = ()) -> T:
         raise BadInput(f"{name or 'defaults'}: {_first_line(error)}") from error
 
 
+def parse(schema: type[T], text: str, where: str) -> T:
+    """A config that `dump` wrote; `where` it stands opens the message of BadInput."""
+    try:
+        return OmegaConf.to_object(_merge(schema, OmegaConf.structured(schema), OmegaConf.create(text), where))
+    except (OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
+        raise BadInput(f"{where}: holds no config ({_first_line(error)})") from error
+
+
 def dump(config: Any, comments: bool = False) -> str:
     """The resolved config as YAML, each field under its help where `comments` is set."""
     if not comments:

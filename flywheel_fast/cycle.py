@@ -2,7 +2,8 @@
 
 Kim et al., "Learning with Noisy Labels: Interconnection of Two Expectation-Maximizations", arXiv 2401.04390, Figure 2.
 It owns no files and no readers: a loader is anything with `epoch(number, views, start)`, `len()` batches of which the
-first `start` are left out, and `sweep()`; both yield pairs (index [B], views: a tuple of images [B, 3, H, W]).
+first `start` are left out, and `sweep()`; both yield pairs (index [B], views: a tuple of images [B, 3, H, W], or of
+features [B, D]).
 """
 
 import time
@@ -143,7 +144,7 @@ class Cycle:
     def main_alone(self, loader, epoch: int) -> None:
         for index, (weak,) in self._training(loader, epoch, ("weak",)):
             with self.clock("train"):
-                loss = F.cross_entropy(self.main.forward(weak), self.state.labels[index])
+                loss = _cross_entropy(self.main.forward(weak, index), self.state.labels[index])
                 self._step("main", self.main, loss, index)
 
     def warm_up(self, loader, epoch: int) -> None:
@@ -151,9 +152,9 @@ class Cycle:
         for index, (weak, strong) in self._training(loader, epoch, ("weak", "strong")):
             labels = self.state.labels[index]
             with self.clock("train"):
-                self._step("main", self.main, F.cross_entropy(self.main.forward(weak), labels), index)
-                logits = self.aux.forward(torch.cat([weak, strong]))
-                self._step("aux", self.aux, F.cross_entropy(logits, torch.cat([labels, labels])), index)
+                self._step("main", self.main, _cross_entropy(self.main.forward(weak, index), labels), index)
+                logits = self.aux.forward(torch.cat([weak, strong]), index)
+                self._step("aux", self.aux, _cross_entropy(logits, labels), index)
 
     def msteps(self, loader, epoch: int) -> None:
         """Steps 3 and 4: f learns q on a weak and a strong view, g its target under the confidence regulariser."""
@@ -161,14 +162,14 @@ class Cycle:
         views = ("weak", "strong") + ("strong2",) * contrastive
         for index, augmented in self._training(loader, epoch, views):
             with self.clock("train"):
-                output = self.aux.forward(torch.cat(augmented), project=contrastive)
+                output = self.aux.forward(torch.cat(augmented), index, project=contrastive)
                 logits, embeddings = output if contrastive else (output, None)
                 loss = self.state.loss(index, logits, "soft_q", config.posterior)
                 if contrastive:
                     _, first, second = embeddings.chunk(3)
                     loss = loss + config.contrastive * ntxent(first, second, config.temperature)
                 self._step("aux", self.aux, loss, index)
-                logits = self.main.forward(augmented[0])
+                logits = self.main.forward(augmented[0], index)
                 loss = self.state.loss(index, logits, config.target, config.posterior, config.confidence, config.delta)
                 self._step("main", self.main, loss, index)
 
@@ -196,8 +197,8 @@ class Cycle:
         own = torch.zeros_like(self.state.agree)  # [N]
         for index, (clean,) in self.clock.waiting(loader.sweep()):
             with self.clock("infer"):
-                main = self.main.predict(clean, self.main.looked)
-                aux = self.aux.predict(clean, self.aux.looked)
+                main = self.main.predict(clean, self.main.looked, index)
+                aux = self.aux.predict(clean, self.aux.looked, index)
             with self.clock("em"):
                 teacher = self.state.teach(index, main, aux, self.config.teacher == "both")
                 self.state.agree[index] = main.argmax(dim=1) == aux.argmax(dim=1)
@@ -245,3 +246,8 @@ class Cycle:
         loss = loss * self.group.share(len(index))
         learner.step(loss)
         self.losses.setdefault(name, []).append(loss.detach())
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of logits [V * B, C], V blocks of the samples with `labels` [B]."""
+    return F.cross_entropy(logits, labels.repeat(len(logits) // len(labels)))

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flywheel_fast.distributed import ALONE, Group
 from flywheel_fast.errors import BadInput
+from flywheel_fast.heads import Heads
 
 
 @dataclass(frozen=True)
@@ -103,17 +104,24 @@ class Learner:
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
 
-    def forward(self, images: Tensor, project: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Training mode, with gradients: images [B, 3, H, W] -> logits [B, C] (and embeddings)."""
+    def forward(self, images: Tensor, index: Tensor, project: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Training mode, with gradients: images [B, 3, H, W] of the samples `index` -> logits [B, C] (and embeddings).
+        From features [B, D], heads give a block of logits each."""
         self.network.train()
         with self.autocast():
-            return self.parallel(images.contiguous(memory_format=torch.channels_last), project)
+            return self._on(self.parallel, images, index, *([project] if project else []))
 
     @torch.no_grad()
-    def predict(self, images: Tensor, network: nn.Module | None = None) -> Tensor:
-        """The averaged network (or the one given) in evaluation mode: images [B, 3, H, W] -> logits [B, C]."""
+    def predict(self, images: Tensor, network: nn.Module | None = None, index: Tensor | None = None) -> Tensor:
+        """The averaged network (or the one given) in evaluation mode: images [B, 3, H, W], or features [B, D], ->
+        logits [B, C]. `index` [B]: whose they are, if they are of the training set."""
         with self.autocast():
-            return (network or self.ema)(images.contiguous(memory_format=torch.channels_last))
+            return self._on(network or self.ema, images, index)
+
+    def _on(self, network: nn.Module, images: Tensor, index: Tensor | None, *more) -> Tensor | tuple[Tensor, Tensor]:
+        if isinstance(self.network, Heads):
+            return network(images, index)
+        return network(images.contiguous(memory_format=torch.channels_last), *more)
 
     def look(self) -> None:
         """Keeps the averages as they are, so that what they say of the samples can be found again while they go on."""

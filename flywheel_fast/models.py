@@ -14,7 +14,8 @@ from flywheel_fast.errors import BadInput
 @dataclass(frozen=True)
 class NetworkConfig:
     name: str = "small_cnn"
-    """small_cnn, preact_resnet18, timm/NAME or torchvision/NAME (for example timm/resnet50)."""
+    """small_cnn, preact_resnet18, timm/NAME or torchvision/NAME (for example timm/resnet50); on features its head
+    alone counts."""
     width: int = 32
     """Channels of the first layer of small_cnn; ignored by the others."""
     weights: str | None = None
@@ -22,9 +23,12 @@ class NetworkConfig:
     keep_head: bool = False
     """Take the classification head from the weights file too; otherwise the head starts fresh."""
 
+    hidden: int = 0
+    """Hidden units of the classification head; 0: the head is linear."""
+
     def __post_init__(self):
-        if self.width < 1:
-            raise ValueError(f"model.*.width must be at least 1, not {self.width}")
+        if self.width < 1 or self.hidden < 0:
+            raise ValueError(f"model.*.width must be at least 1, hidden not negative, not {self.width}, {self.hidden}")
         if self.keep_head and self.weights in (None, "default"):
             raise ValueError("model.*.keep_head=true needs model.*.weights to be a file with a head")
 
@@ -35,15 +39,22 @@ class ModelConfig:
     """The network that tells clean labels from corrupted ones."""
     aux: NetworkConfig | None = None
     """The network that refurbishes corrupted labels; null: the same kind as main."""
+    folds: int = 5
+    """On features: heads that each leave one fold of the samples to the E-steps, beside one that learns from all. 0:
+    one head, which sees every label."""
+
+    def __post_init__(self):
+        if self.folds < 0 or self.folds == 1:
+            raise ValueError(f"model.folds must be 0, or at least 2, not {self.folds}")
 
 
 class Network(nn.Module):
     """images [B, 3, H, W] -> logits [B, C], and with `project` also L2-normalised embeddings [B, P]."""
 
-    def __init__(self, backbone: nn.Module, num_features: int, num_classes: int, projection: int = 0):
+    def __init__(self, backbone: nn.Module, num_features: int, num_classes: int, projection: int = 0, hidden: int = 0):
         super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(num_features, num_classes)
+        self.backbone, self.num_features = backbone, num_features
+        self.head = head(num_features, num_classes, hidden)
         self.projection = None
         if projection:
             hidden = [nn.Linear(num_features, num_features), nn.ReLU(inplace=True)]
@@ -55,12 +66,19 @@ class Network(nn.Module):
         return (logits, F.normalize(self.projection(features), dim=1)) if project else logits
 
 
+def head(num_features: int, num_classes: int, hidden: int = 0) -> nn.Module:
+    """[B, D] -> [B, C]: linear, or with a layer of `hidden` units between."""
+    if not hidden:
+        return nn.Linear(num_features, num_classes)
+    return nn.Sequential(nn.Linear(num_features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, num_classes))
+
+
 def build(config: NetworkConfig, num_classes: int, image_size: int, seed: int, projection: int = 0) -> Network:
     """A network whose fresh weights are a function of `seed`; `projection` is the embedding's width (0: none)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone, num_features = _backbone(config, image_size)
-        network = Network(backbone, num_features, num_classes, projection)
+        network = Network(backbone, num_features, num_classes, projection, config.hidden)
     if config.weights not in (None, "default"):
         _load_weights(network, Path(config.weights), config.keep_head)
     return network

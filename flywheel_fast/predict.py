@@ -36,10 +36,13 @@ class Predictor:
         try:
             with safe_open(path, "pt") as file:
                 weights = {name: file.get_tensor(name) for name in file.keys()}
-                self.classes = tuple(json.loads(file.metadata()["flywheel_fast"])["classes"])
+                about = json.loads(file.metadata()["flywheel_fast"])
+                self.classes = tuple(about["classes"])
         except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
             raise BadInput(f"{path}: is not the network of a finished run ({error}); name a run folder") from error
-        self.config = config = configs.load(Config, str(run / "config.yaml"))
+        self.config = config = configs.parse(Config, about["config"], f"{path}")
+        if config.data.source == "features":
+            raise BadInput(f"{path}: is a head on features that were computed elsewhere; it takes no images")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network, projection = config.model.main, 0
         if config.cycle.kind == "flywheel":
@@ -57,7 +60,7 @@ class Predictor:
     def features(self, files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
         """What the head sees, [K, D] float32, of the K files that can be read; and which ones they are [K]."""
         network = self.learner.ema.module
-        found, index, _ = self._outputs(files, network.backbone, network.head.in_features)
+        found, index, _ = self._outputs(files, network.backbone, network.num_features)
         return found.numpy(), index
 
     def _outputs(self, files: list[Path], part: nn.Module | None, width: int) -> tuple[Tensor, np.ndarray, list[str]]:

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save as to_safetensors
+from torch import nn
 
-from flywheel_fast import audit, card, checkpoint, env, measures, models, ops, plots, run_folder, sinks
+from flywheel_fast import audit, card, checkpoint, env, heads, measures, models, ops, plots, run_folder, sinks
 from flywheel_fast import config as configs
 from flywheel_fast.cycle import Cycle, CycleConfig
 from flywheel_fast.data import noise, reviews, scan, sources
+from flywheel_fast.data.feature_loader import FeatureLoader
 from flywheel_fast.data.manifest import Manifest
 from flywheel_fast.data.memory import Memory
 from flywheel_fast.data.pipelines import Loader
@@ -27,7 +29,7 @@ from flywheel_fast.screen import Screen
 
 NOTABLE_WAITING = 0.05  # share of a run's time
 MOST_MERGERS = 3  # said of an epoch
-FORMAT = 2  # of checkpoints: what `_save` puts into them
+FORMAT = 3  # of checkpoints: what `_save` puts into them
 PATIENCE = 20  # steps one after another that may be skipped
 # Between a run and its resumption; moved data are recognised by their files and labels.
 MAY_CHANGE = {"name", "log", "eval_every", "optim.epochs"}
@@ -57,6 +59,8 @@ class Config:
             raise ValueError(f"log must be of {', '.join(sinks.SINKS)}, not {unknown[0]!r}")
         if self.cycle.kind == "flywheel" and self.cycle.warmup > self.optim.epochs:
             raise ValueError(f"cycle.warmup={self.cycle.warmup} is longer than optim.epochs={self.optim.epochs}")
+        if self.data.source == "features" and self.cycle.contrastive > 0:
+            raise ValueError("cycle.contrastive is for images; on features leave it at 0")
 
 
 class Trainer:
@@ -70,7 +74,7 @@ class Trainer:
         self.group, self.device = group, group.device
         self.screen = Screen(None if group.rank else out / run_folder.LOG)
         data = group.first(lambda: sources.load(config.data))
-        self.noisy_labels = data.noisy_labels
+        self.noisy_labels, self.features = data.noisy_labels, data.features
         self.bad_files: list[scan.BadFile] = []  # left out
         self.test_sets = {name: self._readable(part, name) for name, part in data.splits().items()}
         self.train_set = self.test_sets.pop("train")
@@ -134,13 +138,20 @@ class Trainer:
 
     def _readable(self, manifest: Manifest, split: str) -> Manifest:
         """Without the files at which the training would stop; these go to `bad_files`."""
+        if self.features:  # which had them left out
+            return manifest
         threads = self.config.data.threads
         manifest, bad = self.group.first(lambda: scan.without_broken(manifest, split, self.device, threads))
         self.bad_files += bad
         return manifest
 
-    def _loader(self, manifest: Manifest, balanced_batches: int | None = None) -> Loader:
+    def _loader(self, manifest: Manifest, balanced_batches: int | None = None) -> Loader | FeatureLoader:
         config, data = self.config, self.config.data
+        if self.features:
+            place = self.device, self.group.rank, self.group.world
+            return FeatureLoader(
+                self.features, manifest, config.optim.batch_size, config.seed, *place, balanced_batches
+            )
         return Loader(
             manifest,
             config.views,
@@ -158,8 +169,10 @@ class Trainer:
         config, num_classes = self.config, len(self.train_set.classes)
 
         def learner(network: models.NetworkConfig, seed: int, projection: int = 0) -> Learner:
-            size = config.views.image_size
-            built = models.build(network, num_classes, size, seed, projection)
+            if self.features:
+                built = heads.build(network, num_classes, seed, self.loader, config.model.folds, config.seed)
+            else:
+                built = models.build(network, num_classes, config.views.image_size, seed, projection)
             return Learner(built, config.optim, len(self.loader), self.device, self.group)
 
         main, aux = learner(config.model.main, 2 * config.seed), None
@@ -203,6 +216,8 @@ class Trainer:
             raise BadInput(
                 f"checkpoint {path}: the training files or their labels have changed since; train in another --out"
             )
+        if saved["features"] != (self.features and self.features.sha256):
+            raise BadInput(f"checkpoint {path}: was trained on other features; train in another --out")
         self.cycle.load_state_dict(saved["cycle"])
         torch.set_rng_state(saved["generator"])
         if torch.cuda.device_count() == len(saved["cuda_generators"]):
@@ -273,6 +288,7 @@ class Trainer:
             "format": FORMAT,
             "config": configs.as_dict(self.config),
             "labels": self.train_set.digest,
+            "features": self.features and self.features.sha256,
             "reviews": self._reviews_digest(),
             "cycle": self.cycle.state_dict(),
             "generator": torch.get_rng_state(),
@@ -353,9 +369,11 @@ class Trainer:
             self.cycle.recall(self.loader)
         if self.group.rank:
             return
-        inference = self.cycle.inference()
-        meta = {"flywheel_fast": json.dumps({"classes": self.train_set.classes, "config": self.config_text})}
-        weights = {key: value.contiguous() for key, value in inference.ema.module.state_dict().items()}
+        network, text = self.cycle.inference().ema.module, self.config_text
+        if self.features:
+            network, text = self._with_backbone(network)
+        meta = {"flywheel_fast": json.dumps({"classes": self.train_set.classes, "config": text})}
+        weights = {key: value.contiguous() for key, value in network.state_dict().items()}
         checkpoint.write_atomic(self.out / "weights" / "model.safetensors", to_safetensors(weights, meta))
         labels = self.measures.labels() if self.cycle.aux else None
         with self.screen.console.status("writing labels and plots"):
@@ -369,6 +387,23 @@ class Trainer:
         for sink in self.sinks:
             sink.close()
         self.screen.table("\nResult", self._result(labels))
+
+    def _with_backbone(self, trained: heads.Heads) -> tuple[nn.Module, str]:
+        """The head that was trained, on the network that made its features, and that network's config: it takes images.
+        The head alone where the network cannot be had."""
+        about, hidden = self.features.about, trained.hidden
+        if not about:  # features from elsewhere
+            return trained.last(), self.config_text
+        config = configs.parse(Config, about["config"], f"{self.features.path}")
+        try:
+            network = models.build(config.model.main, len(self.train_set.classes), config.views.image_size, seed=0)
+        except BadInput as error:
+            self.screen.warn(f"weights/model.safetensors holds the head only, without the network below it: {error}")
+            return trained.last(), self.config_text
+        network.head = trained.last()
+        main = replace(config.model.main, hidden=hidden)
+        model, cycle = replace(config.model, main=main, aux=None), replace(config.cycle, kind="cross_entropy")
+        return network, configs.dump(replace(config, model=model, cycle=cycle))
 
     def _record(self) -> dict:
         """For result.json: what tables of runs are made of."""

@@ -65,6 +65,7 @@ class Loader:
         everything = np.arange(len(manifest))
         self.used = everything if manifest.reviewed is None else everything[manifest.reviewed != DROPPED]
         self.balanced_batches = balanced_batches
+        self.sweep_batch = SWEEP_BATCH if views.image_size <= 64 else DECODE_BATCH
         self.graphs: dict[tuple[str, ...], bytes] = {}  # by their views, none for those that only decode
         # Decoded: with crop=pad [N, H + 2 pad, W + 2 pad, 3], else each [H, W, 3] of its own size; uint8
         self.images: Tensor | list[Tensor] | None = None
@@ -94,8 +95,11 @@ class Loader:
 
     def sweep(self) -> Iterator[Batch]:
         """The clean view of every sample once, in order, in larger batches; those of other processes are left out."""
-        size = SWEEP_BATCH if self.views.image_size <= 64 else DECODE_BATCH
-        return self._batches(_pieces(self.used[self.rank :: self.world], size), ("clean",))
+        return self._batches(_pieces(self.used[self.rank :: self.world], self.sweep_batch), ("clean",))
+
+    def of(self, rows: np.ndarray, views: tuple[str, ...], draw: int = 0) -> Iterator[Batch]:
+        """Those views of these samples [n], in order; drawn anew for another `draw`."""
+        return self._batches(_pieces(rows, self.batch_size), views, draw)
 
     def _batches(
         self, pieces: list[np.ndarray], views: tuple[str, ...], epoch: int = 0, start: int = 0

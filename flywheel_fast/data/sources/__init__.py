@@ -10,7 +10,8 @@ import numpy as np
 from flywheel_fast.data import noise, reviews
 from flywheel_fast.data.manifest import DROPPED, Manifest, missing, read_table
 from flywheel_fast.data.noise import NoiseConfig
-from flywheel_fast.data.sources import arrays, folders, lists, shards, tables
+from flywheel_fast.data.sources import arrays, features, folders, lists, shards, tables
+from flywheel_fast.data.sources.features import Features
 from flywheel_fast.errors import BadInput
 
 # root -> training split, test split; and ImageNet's validation images, which WebVision is tested on too
@@ -46,12 +47,17 @@ class DataConfig:
         "clothing1m",
         "webvision",
         "webvision_mini",
+        "features",
     ] = "digits"
     """digits: scikit-learn's; folder: root/train/CLASS/* and root/test/CLASS/*, or root/CLASS/*; csv: a CSV or Parquet
     file with columns file_name and label, and if there are any split (train, test) and true_label, or a folder with
-    such a metadata.csv; webdataset: a folder of tar shards; the others as they are published (docs/data.md)."""
+    such a metadata.csv; webdataset: a folder of tar shards; features: see there; the others as they are published
+    (docs/data.md)."""
     root: str = ""
     """The folder, or the table (its paths are relative to it)."""
+    features: str = ""
+    """Features in place of images: a folder that `flywheel-fast embed` wrote; a .npy file, whose rows `root` labels, a
+    table with columns label, and if there are any file_name, split and true_label; or a Parquet file with both."""
     images: str = ""
     """The folder that a table's paths are relative to, where that is not the table's own."""
     download: bool = False
@@ -80,7 +86,9 @@ class DataConfig:
     null: up to a quarter of the free GPU memory and half of the free host memory; 0: they are read anew each time."""
 
     def __post_init__(self):
-        if self.source != "digits" and not self.root:
+        if (self.source == "features") != bool(self.features):
+            raise ValueError("data.source=features and data.features=PATH go together")
+        if self.source not in ("digits", "features") and not self.root:
             raise ValueError(f"data.source={self.source} needs data.root=PATH")
         if self.images and self.source != "csv":
             raise ValueError(f"data.images is for data.source=csv, not for {self.source}; data.root names its folder")
@@ -106,6 +114,7 @@ class Data(NamedTuple):
     test: Manifest
     noisy_labels: np.ndarray  # of every file of the training split, before the holdout: what a noise file holds
     imagenet: Manifest | None = None  # WebVision's second test set
+    features: Features | None = None  # of all these, in place of images
 
     def splits(self) -> dict[str, Manifest]:
         """By name, the training split first."""
@@ -118,10 +127,14 @@ def load(config: DataConfig, present: bool = True) -> Data:
 
     `present`: all files must be there.
     """
+    embedded = features.read(Path(config.features), config.root) if config.features else None
     if config.download:
         arrays.download(Path(config.root), config.source)
     root, images = Path(config.root), Path(config.images) if config.images else None
-    train, *rest = tables.read(root, images) if images else SOURCES[config.source](root)
+    if embedded:
+        train, *rest = embedded.train, embedded.test
+    else:
+        train, *rest = tables.read(root, images) if images else SOURCES[config.source](root)
     tests = {name: part for name, part in zip(("test", "imagenet"), rest, strict=False) if part is not None}
     if len(train.classes) < 2:
         raise BadInput(f"{train.root}: holds one class only ({train.classes[0]!r}); a classifier needs at least two")
@@ -150,7 +163,7 @@ def load(config: DataConfig, present: bool = True) -> Data:
             tests[name] = part.subset(chosen)
     if train.reviewed is not None and np.all(train.reviewed == DROPPED):
         raise BadInput(f"data.reviews {config.reviews}: drops every training image; nothing would be left")
-    data = Data(train, tests["test"], noisy, tests.get("imagenet"))
+    data = Data(train, tests["test"], noisy, tests.get("imagenet"), embedded)
     for manifest in data.splits().values() if present else ():
         gone = absent(manifest, config)
         if len(gone):
