@@ -57,6 +57,16 @@ class Config:
             raise ValueError(f"log must be of {', '.join(sinks.SINKS)}, not {unknown[0]!r}")
         if self.cycle.kind == "flywheel" and self.cycle.warmup > self.optim.epochs:
             raise ValueError(f"cycle.warmup={self.cycle.warmup} is longer than optim.epochs={self.optim.epochs}")
+        networks = [self.model.main] + [self.model.aux or self.model.main] * (self.cycle.kind == "flywheel")
+        if (self.optim.freeze or self.optim.freeze_norm) and None in (network.weights for network in networks):
+            raise ValueError("optim.freeze and optim.freeze_norm keep pretrained weights: name them by model.*.weights")
+
+
+def with_preprocessing(config: Config) -> Config:
+    """With what `views` leaves null as the main network saw pictures when its weights were trained."""
+    if None not in (config.views.image_size, config.views.crop_pct, config.views.mean, config.views.std):
+        return config
+    return replace(config, views=config.views.filled(models.preprocessing(config.model.main)))
 
 
 class Trainer:
@@ -66,7 +76,7 @@ class Trainer:
     def __init__(
         self, config: Config, out: Path, resume: bool = False, pauses: Pauses | None = None, group: Group = ALONE
     ):
-        self.config, self.out, self.pauses = config, out, pauses or Pauses()
+        self.config, self.out, self.pauses = (config := with_preprocessing(config)), out, pauses or Pauses()
         self.group, self.device = group, group.device
         self.screen = Screen(None if group.rank else out / run_folder.LOG)
         data = group.first(lambda: sources.load(config.data))
