@@ -27,7 +27,7 @@ from flywheel_fast.screen import Screen
 
 NOTABLE_WAITING = 0.05  # share of a run's time
 MOST_MERGERS = 3  # said of an epoch
-FORMAT = 2  # of checkpoints: what `_save` puts into them
+FORMAT = 3  # of checkpoints: what `_save` puts into them
 PATIENCE = 20  # steps one after another that may be skipped
 # Between a run and its resumption; moved data are recognised by their files and labels.
 MAY_CHANGE = {"name", "log", "eval_every", "optim.epochs"}
@@ -98,6 +98,8 @@ class Trainer:
         self.loader = self._loader(self.train_set, config.optim.balanced_batches)
         test_loaders = {name: self._loader(part) for name, part in self.test_sets.items()}
         self.cycle = self._assemble()
+        if config.cycle.init_labels and saved is None:
+            self._begin_with(Path(config.cycle.init_labels))
         self.measures = measures.Measures(self.cycle, self.train_set, self.test_sets, test_loaders)
         self.history: list[dict] = []  # a row an epoch, as in metrics.csv
         self.warned: set[str] = set()
@@ -179,6 +181,12 @@ class Trainer:
         labels = torch.as_tensor(self.train_set.labels, device=self.device)
         return Cycle(config.cycle, main, aux, EMState.start(labels, num_classes, config.cycle.gamma), self.group)
 
+    def _begin_with(self, run: Path) -> None:
+        found, rows = self.group.first(lambda: audit.matched(run, self.train_set))
+        of_sample = (found.clean_prob[rows], found.suggested[rows], found.suggested_prob[rows])
+        transition = np.nan_to_num(found.corruption)  # of a class that no sample seems to have nothing is known
+        self.cycle.state.begin_with(*(torch.as_tensor(of, device=self.device) for of in (*of_sample, transition)))
+
     def _with_time_for_reviews(self, config: Config, saved: dict) -> Config:
         """A run that has ended learns what was reviewed since in a quarter more epochs: there a cosine schedule, drawn
         out to the new end, stands at a tenth of its peak. Cut off on the way, it still goes to that end."""
@@ -256,6 +264,9 @@ class Trainer:
             self.screen.say(f"{config.data.reviews}: {pinned:,} labels are pinned, {dropped:,} images dropped")
         if why_not := ops.why_not_native(self.device):
             self.screen.say(f"native ops {why_not}. The E-step runs on the PyTorch reference")
+        if config.cycle.init_labels and not self.history:
+            gamma = self.cycle.state.gamma.item()
+            self.screen.say(f"the labels begin as {config.cycle.init_labels} found them: {gamma:.1%} of them right")
         if self.history or self.cycle.batch:
             self.screen.say(f"going on after {self._place()}")
             measures.write(self.history, self.out)  # may have had a row more than the checkpoint, or less
