@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import torch
 
 from flywheel_fast import config as configs
 from flywheel_fast import report, run_folder
 from flywheel_fast.audit import Labels, read_labels
 from flywheel_fast.data.sources import cache
+from flywheel_fast.em import kept_posterior
 from flywheel_fast.errors import BadInput
 from flywheel_fast.predict import Predictor, find_images
 from flywheel_fast.trainer import Config, Trainer
@@ -54,14 +56,10 @@ class Run:
     def pred_probs(self) -> np.ndarray:  # [N, C] float64
         """What the run thinks of each training image's class, for tools that take such a table: label_score at the
         given label, suggested_prob at the suggested one, and what is left over the others evenly."""
-        labels, n, c = self.labels, len(self.labels.given), len(self.labels.classes)
-        score = labels.clean_prob.astype(np.float64)
-        other = labels.suggested != labels.given
-        suggested = np.where(other, np.minimum(labels.suggested_prob, 1 - score), 0)
-        found = np.repeat(((1 - score - suggested) / np.maximum(c - 1 - other, 1))[:, None], c, axis=1)
-        found[np.flatnonzero(other), labels.suggested[other]] = suggested[other]
-        found[np.arange(n), labels.given] = score
-        return found / found.sum(axis=1, keepdims=True)  # two classes: nothing is left for the others
+        labels = self.labels
+        score, prob = (of.astype(np.float64) for of in (labels.clean_prob, labels.suggested_prob))
+        kept = map(torch.tensor, (labels.given, score, labels.suggested, prob))
+        return kept_posterior(*kept, len(labels.classes)).numpy()
 
     def predict(self, images: str | Path | Sequence) -> tuple[list[Path], np.ndarray]:
         """Files that can be read, K of them, and their probabilities [K, C] float32 in the order of `labels.classes`.

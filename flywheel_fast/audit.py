@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from flywheel_fast.checkpoint import write_atomic
-from flywheel_fast.data.manifest import DROPPED, NOT_REVIEWED
+from flywheel_fast.data.manifest import DROPPED, NOT_REVIEWED, Manifest
 from flywheel_fast.errors import BadInput
 
 REVIEWS = pa.array(["", "kept", "corrected", "dropped"])  # the column `review`
@@ -258,6 +258,26 @@ def read_labels(folder: Path) -> Labels:
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowInvalid) as error:
         reason = " ".join(str(error).split())
         raise BadInput(f"{folder}: does not hold the labels of a run ({reason}); name a finished run") from error
+
+
+def matched(run: Path, train_set: Manifest) -> tuple[Labels, np.ndarray]:
+    """What an earlier run has found, and the row [N] int64 there of each image of `train_set`, by file name.
+
+    Raises BadInput where classes, files or given labels differ.
+    """
+    found, cure = read_labels(run / "labels"), "name a run on the same data, with the same labels"
+    said = f"cycle.init_labels={run}"
+    if found.classes != train_set.classes:
+        strange = sorted(set(found.classes) ^ set(train_set.classes))
+        how = f"{strange[0]!r} is in one only" if strange else "their order differs"
+        raise BadInput(f"{said}: its classes are not those of the data ({how}); {cure}")
+    row_of = {name: row for row, name in enumerate(found.files.tolist())}
+    rows = np.array([row_of.get(name, -1) for name in train_set.files.tolist()], dtype=np.int64)
+    if len(absent := train_set.files[rows < 0]):
+        raise BadInput(f"{said}: it knows nothing of {len(absent):,} of the data's files, first {absent[0]}; {cure}")
+    if len(other := train_set.files[found.given[rows] != train_set.labels]):
+        raise BadInput(f"{said}: {len(other):,} of the data's files had another label there, first {other[0]}; {cure}")
+    return found, rows
 
 
 def short(name: str, length: int) -> str:

@@ -4,6 +4,7 @@ Heavy imports stay inside the functions.
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N|Nm",
         help="steps, or minutes, between two checkpoints within an epoch; each epoch ends with one (default: 30m)",
     )
+    train.add_argument("--init-labels", metavar="RUN", help="start from what an earlier run found: cycle.init_labels")
     train.add_argument("--overwrite", action="store_true", help="replace the run that stands in the folder")
     train.set_defaults(run=_train)
 
@@ -197,6 +199,8 @@ def _train(args: argparse.Namespace) -> None:
     pauses = Pauses(args.checkpoint_every)
     if args.resume and args.overwrite:
         raise BadInput("--resume and --overwrite exclude each other; leave one out")
+    if args.init_labels:
+        args.words.append(f"cycle.init_labels={json.dumps(args.init_labels)}")
     at_path = args.resume not in (None, "auto")
     name, changes = _config_and_changes(args.words, default=None if at_path else "digits")
     if at_path and name is None:

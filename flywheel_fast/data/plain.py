@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from flywheel_fast.data.views import BLUR_SIGMA, WHOLE_CROP, ViewsConfig
+from flywheel_fast.data.views import BLUR_SIGMA, ViewsConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "JPEG2000")  # DALI's
 
@@ -75,7 +75,7 @@ def _transforms(config: ViewsConfig) -> tuple[Callable, dict[str, Callable]]:
     if config.crop == "pad":  # as DALI's: pipelines._padded
         whole = [v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.Pad(config.pad, padding_mode="reflect")]
     if config.crop == "resized":
-        clean = [v2.Resize(round(size / WHOLE_CROP), antialias=True), v2.CenterCrop(size)]
+        clean = [v2.Resize(config.resized, antialias=True), v2.CenterCrop(size)]
         crop = v2.RandomResizedCrop(size, scale=(config.area, 1.0), antialias=True)
     else:
         clean, crop = [v2.CenterCrop(size)], v2.RandomCrop(size)
