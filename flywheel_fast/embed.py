@@ -25,7 +25,7 @@ from flywheel_fast.data.sources.features import ABOUT, ARRAY, MANIFEST, digest
 from flywheel_fast.errors import BadInput, Failure
 from flywheel_fast.learner import has_bf16
 from flywheel_fast.run_folder import BAD_FILES
-from flywheel_fast.trainer import Config
+from flywheel_fast.trainer import Config, with_preprocessing
 
 BLOCK = 128  # images from one save to the next
 BATCH = 32  # images that the network sees at once
@@ -40,6 +40,7 @@ def embed(config: Config, out: Path, draws: int = 1, told: Callable[[float], Non
     """
     if config.model.main.weights is None:
         raise BadInput("a fresh network sees nothing in images: give pretrained weights by model.main.weights")
+    config = with_preprocessing(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     splits, bad = {}, []
     data = sources.load(config.data)

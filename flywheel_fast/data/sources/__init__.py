@@ -75,7 +75,8 @@ class DataConfig:
     test_size: int | None = None
     """Likewise for the test split."""
     holdout: float = 0.1
-    """Share of each class set aside as test split where the source has none; its labels are as good as the others."""
+    """Share of each class set aside as test split where the source has none; its labels are as good as the others. 0:
+    none, and nothing is tested."""
     seed: int = 0
     """Seed of subsets and of the holdout."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
@@ -94,8 +95,8 @@ class DataConfig:
             raise ValueError(f"data.images is for data.source=csv, not for {self.source}; data.root names its folder")
         if self.download and self.source not in arrays.LAYOUT:
             raise ValueError(f"data.download=true is for {', '.join(arrays.LAYOUT)}, not for {self.source}")
-        if not 0 < self.holdout < 1:
-            raise ValueError(f"data.holdout must be in (0, 1), not {self.holdout}")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"data.holdout must be in [0, 1), not {self.holdout}")
         for name in ("train_size", "test_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
@@ -119,7 +120,7 @@ class Data(NamedTuple):
     def splits(self) -> dict[str, Manifest]:
         """By name, the training split first."""
         named = {"train": self.train, "test": self.test, "imagenet": self.imagenet}
-        return {name: part for name, part in named.items() if part is not None}
+        return {name: part for name, part in named.items() if part is not None and len(part)}
 
 
 def load(config: DataConfig, present: bool = True) -> Data:
@@ -202,11 +203,12 @@ def _set_aside(manifest: Manifest, config: DataConfig) -> np.ndarray:  # [N] boo
     test = np.zeros(len(manifest), dtype=bool)
     for label, name in enumerate(manifest.classes):
         members = rng.permutation(np.flatnonzero(manifest.labels == label))
-        if len(members) < 2:
+        if len(members) < 2 and config.holdout:
             raise BadInput(
                 f"{manifest.root}: class {name!r} has {len(members)} image; at least 2 are needed to set one aside"
             )
-        test[members[: max(1, round(config.holdout * len(members)))]] = True
+        if config.holdout:
+            test[members[: max(1, round(config.holdout * len(members)))]] = True
     return test
 
 
