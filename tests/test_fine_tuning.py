@@ -8,7 +8,7 @@ import torch
 from torch import distributed
 from torch.nn import functional as F
 
-from flywheel_fast import config, models
+from flywheel_fast import cli, config, models
 from flywheel_fast.data.manifest import Manifest
 from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.data.views import ViewsConfig
@@ -138,3 +138,19 @@ def test_the_clean_view_is_as_much_of_a_picture_as_crop_pct_says(tmp_path):
         views = ViewsConfig(image_size=56, crop="resized", crop_pct=crop_pct, mean=(0, 0, 0), std=(255, 255, 255))
         ((_, (clean,)),) = Loader(manifest, views, 1, 0).sweep()
         assert clean.shape == (1, 3, 56, 56) and clean.mean().item() == pytest.approx(white, abs=0.02)
+
+
+def test_photos_are_fine_tuned_and_the_network_needs_no_weights_file_then(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = [
+        "cycle.kind=cross_entropy",
+        "views.image_size=32",
+        "optim.epochs=2",
+        "optim.batch_size=8",
+        "data.threads=1",
+    ]
+    assert cli.main(["train", "photos", f"data.root={folder}", *small, "--out", "run"]) == 0
+    used = config.load(Config, "run/config.yaml").views
+    assert (used.image_size, used.crop_pct, used.mean, used.std) == (32, 0.875, (127.5,) * 3, (127.5,) * 3)
+    monkeypatch.setattr(models, "_weights_file", None)
+    assert cli.main(["predict", "run", str(folder / "test"), "-o", "out.csv"]) == 0
