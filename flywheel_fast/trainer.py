@@ -80,7 +80,8 @@ class Trainer:
     def __init__(
         self, config: Config, out: Path, resume: bool = False, pauses: Pauses | None = None, group: Group = ALONE
     ):
-        self.config, self.out, self.pauses = (config := with_preprocessing(config)), out, pauses or Pauses()
+        config = with_preprocessing(config)
+        self.config, self.out, self.pauses = config, out, pauses or Pauses()
         self.group, self.device = group, group.device
         self.screen = Screen(None if group.rank else out / run_folder.LOG)
         data = group.first(lambda: sources.load(config.data))
