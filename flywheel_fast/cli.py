@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   flywheel-fast train digits cycle.kind=cross_entropy     the same with plain cross-entropy
   flywheel-fast train cifar10_small data.root=DIR data.noise.kind=symmetric data.noise.rate=0.5
   flywheel-fast train digits --out runs/a --resume auto   go on where runs/a stands, else start
+  flywheel-fast audit PHOTOS                              which labels of a folder of pictures are wrong
   flywheel-fast config show digits optim.lr=0.1           what a run would use, with help
   flywheel-fast data check cifar10_small data.root=DIR    counts, broken files, duplicates
   flywheel-fast data make-fixture clothing1m DIR          a miniature, to try configs/clothing1m.yaml on
@@ -93,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--init-labels", metavar="RUN", help="start from what an earlier run found: cycle.init_labels")
     train.add_argument("--overwrite", action="store_true", help="replace the run that stands in the folder")
     train.set_defaults(run=_train)
+
+    audit = commands.add_parser("audit", parents=[common], help="which labels of a folder of pictures are wrong")
+    audit.add_argument("pictures", metavar="FOLDER|TABLE", help="class folders, or a CSV file with file_name and label")
+    audit.add_argument("words", nargs="*", metavar="key=value", help="changes of the configs photos and embeddings")
+    audit.add_argument("--out", metavar="DIR", help="the run's folder; goes on there (default: runs/audit-FOLDER)")
+    audit.set_defaults(run=_audit)
 
     embed = commands.add_parser("embed", parents=[common], help="features of all images, to train heads on")
     embed.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="a config with pretrained weights")
@@ -235,6 +242,27 @@ def _train(args: argparse.Namespace) -> None:
         group.leave()
 
 
+def _audit(args: argparse.Namespace) -> None:
+    from flywheel_fast import run_folder
+    from flywheel_fast.folder_audit import audit
+    from flywheel_fast.pauses import Pauses
+
+    pictures = Path(args.pictures)
+    out = Path(args.out or Path("runs", f"audit-{pictures.resolve().stem}"))
+    _, changes = _config_and_changes(args.words, default=None)
+    if not (out / "result.json").exists():
+        run_folder.create(str(out), out.name, overwrite=False, resuming=True)
+    args.lock = run_folder.lock(out)  # until the process ends
+    pauses = Pauses()
+    try:
+        with pauses.listening():
+            page, count = audit(pictures, out, changes, pauses, _say_left)
+    except BadInput:
+        run_folder.leave(out)
+        raise
+    print(f"{count:,} pictures: {page}")
+
+
 def _embed(args: argparse.Namespace) -> None:
     from flywheel_fast import config
     from flywheel_fast.embed import embed
@@ -248,7 +276,8 @@ def _embed(args: argparse.Namespace) -> None:
 
 
 def _say_left(seconds: float) -> None:
-    print(f"about {seconds / 60:.0f} min to go" if seconds > 90 else f"about {seconds:.0f} s to go")
+    time = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+    print(f"seeing all pictures takes about {time} more", flush=True)
 
 
 def _report(args: argparse.Namespace) -> None:

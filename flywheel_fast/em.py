@@ -1,7 +1,7 @@
 """What the two EM cycles know: of each sample, by global index, and of the noise: gamma and T_c."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -207,11 +207,15 @@ class EMState:
     def entropy(self, kind: str) -> Tensor:
         """Of each posterior [N], as a share of log C."""
         found = torch.zeros_like(self.clean_prob)
-        for index in self._pieces():
-            labels, clean_prob = self.labels[index], self.clean_prob[index]
-            q = ops.posterior(self.teacher[index], labels, clean_prob, self.corruption, kind)
+        for index, q in self.posteriors(kind):
             found[index] = torch.special.entr(q).sum(dim=1) / math.log(self.num_classes)
         return found
+
+    def posteriors(self, kind: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Samples [B] and step 2's posterior [B, C] of each, piece by piece."""
+        for index in self._pieces():
+            labels, clean_prob = self.labels[index], self.clean_prob[index]
+            yield index, ops.posterior(self.teacher[index], labels, clean_prob, self.corruption, kind)
 
     def merged_classes(self) -> list[tuple[int, int]]:
         """Pairs (gone, into): classes of which fewer than a tenth as many samples are resampled as were observed, and

@@ -13,6 +13,7 @@ from flywheel_fast.errors import BadInput
 CHECKPOINT = Path("weights", "last.pt")
 LOG = "train.log"
 BAD_FILES = "bad_files.csv"
+FEATURES = "features"  # of its images, where the run has made them itself
 LAUNCHER = ".launcher"  # names the torchrun that began the run
 # What a run writes.
 OWN = {
@@ -33,6 +34,7 @@ OWN = {
     "tensorboard",
     "mlflow_run_id",
     LAUNCHER,
+    FEATURES,
 }
 
 

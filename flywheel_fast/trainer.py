@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
-from flywheel_fast import audit, card, checkpoint, env, heads, measures, models, ops, plots, run_folder, sinks
+from flywheel_fast import audit, card, checkpoint, env, heads, measures, models, oddities, ops, plots, run_folder, sinks
 from flywheel_fast import config as configs
 from flywheel_fast.cycle import Cycle, CycleConfig
 from flywheel_fast.data import noise, reviews, scan, sources
@@ -401,6 +401,8 @@ class Trainer:
         with self.screen.console.status("writing labels and plots"):
             if labels:
                 audit.write_labels(labels, self.out / "labels")
+            if labels and self.features:
+                self._look_for_oddities(labels)
             plots.write_plots(labels, self.out / "metrics.csv", self.out / "plots")
         record, ailments = self._record(), list(self._ailments().values())
         checkpoint.write_atomic(self.out / "result.json", json.dumps(record, indent=2).encode())
@@ -409,6 +411,14 @@ class Trainer:
         for sink in self.sinks:
             sink.close()
         self.screen.table("\nResult", self._result(labels))
+
+    def _look_for_oddities(self, labels: audit.Labels) -> None:
+        seen = self.features.array[self.loader.rows, 0]  # [N, D]
+        second = oddities.second_class(self.cycle.state, self.config.cycle.posterior)
+        found, why_not = oddities.find(seen, labels, second)
+        oddities.write(found, self.out / "labels")
+        if why_not:
+            self.screen.say(why_not)
 
     def _with_backbone(self, trained: heads.Heads) -> tuple[nn.Module, str]:
         """The head that was trained, on the network that made its features, and that network's config: it takes images.

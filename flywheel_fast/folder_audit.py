@@ -1,0 +1,37 @@
+"""The one command for a newcomer: pictures in, a report on their labels out."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from flywheel_fast import config as configs
+from flywheel_fast import report, run_folder
+from flywheel_fast.embed import embed
+from flywheel_fast.errors import BadInput
+from flywheel_fast.pauses import Pauses
+from flywheel_fast.trainer import Config, Trainer
+
+SEEN, LEARNT = "photos", "embeddings"  # configs: how pictures are seen, and what is learnt from that
+OF_LEARNING = ("seed", "log", "cycle.", "optim.", "model.folds")  # keys that are of the second
+
+
+def audit(
+    pictures: Path, out: Path, changes: list[str], pauses: Pauses, told: Callable[[float], None]
+) -> tuple[Path, int]:
+    """Sees all pictures of class folders, or of a table, through a frozen network, runs the cycle on that, and writes
+    the report; returns where it is, and of how many pictures. What the run folder `out` holds is not done again.
+
+    `changes`: of the configs photos and embeddings. `told` is given the seconds that seeing the pictures takes. Raises
+    BadInput.
+    """
+    if not pictures.exists():
+        raise BadInput(f"{pictures}: is not there; name a folder of class folders, or a table of files and labels")
+    of_learning = [word for word in changes if word.startswith(OF_LEARNING)]
+    source = [f"data.source={'csv' if pictures.is_file() else 'folder'}", f"data.root={pictures}", "data.holdout=0"]
+    seen = configs.load(Config, SEEN, [*source, *(word for word in changes if word not in of_learning)])
+    features = out / run_folder.FEATURES
+    at = [f"name={out.name}", f"data.features={features}", "data.holdout=0", "eval_every=10"]
+    learnt = configs.load(Config, LEARNT, [*at, *of_learning])
+    count = embed(seen, features, told=told)
+    if not (out / "result.json").exists():
+        Trainer(learnt, out, run_folder.resumable(out), pauses).run()
+    return report.write([out]), count
