@@ -35,7 +35,7 @@ class Oddity:
 def find(features: np.ndarray, labels: Labels, second: tuple[np.ndarray, np.ndarray]) -> tuple[list[Oddity], str]:
     """Of N images with features [N, D]; `second`: class [N] int64 and probability [N] that come second in the
     posterior. And why something was not looked for, or nothing."""
-    cosine, neighbour, why_not = _neighbours(features)  # [N, K]
+    cosine, neighbour, why_not = neighbours(features)  # [N, K]
     names, found = labels.classes, []
 
     def add(i: int, kind: str, score: float, detail: str = "") -> None:
@@ -87,7 +87,7 @@ def _worst(chosen: np.ndarray, score: np.ndarray) -> list[int]:
     return rows[np.argsort(score[rows], kind="stable")][:MOST].tolist()
 
 
-def _neighbours(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+def neighbours(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
     """Cosine [N, K] to the K nearest others, and which they are [N, K]; or why not."""
     n = len(features)
     k = min(NEIGHBOURS, n - 1)
