@@ -94,6 +94,8 @@ def preprocessing(config: NetworkConfig) -> dict[str, int | float | tuple[float,
     """How pictures looked to the network when its weights were trained, as image_size, crop_pct, mean and std of the
     views' config. Raises BadInput where the library does not say."""
     library, _, name = config.name.rpartition("/")
+    if library in ("timm", "torchvision"):
+        _refuse_unknown(library, name)
     try:
         if library == "timm":
             import timm
@@ -132,12 +134,27 @@ def _backbone(config: NetworkConfig, image_size: int) -> tuple[nn.Module, int]:
     raise BadInput(f"model name {config.name!r} is unknown; did you mean {near[0] if near else ', '.join(known)}?")
 
 
+def _refuse_unknown(library: str, name: str) -> None:
+    if library == "timm":
+        import timm
+
+        known, names = timm.is_model(name), timm.list_models()
+    else:
+        from torchvision import models
+
+        names = models.list_models(module=models)
+        known = name in names
+    if not known:
+        near = difflib.get_close_matches(name, names, n=1)
+        raise BadInput(
+            f"{library} has no classifier {name!r}" + (f"; did you mean {library}/{near[0]}?" if near else "")
+        )
+
+
 def _timm(name: str, pretrained: bool) -> tuple[nn.Module, int]:
     import timm
 
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        raise BadInput(f"timm has no model {name!r}" + (f"; did you mean timm/{near[0]}?" if near else ""))
+    _refuse_unknown("timm", name)
     try:
         backbone = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except (OSError, RuntimeError) as error:  # no network, nothing in the cache
@@ -151,11 +168,7 @@ def _timm(name: str, pretrained: bool) -> tuple[nn.Module, int]:
 def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, int]:
     from torchvision import models
 
-    if name not in models.list_models(module=models):
-        near = difflib.get_close_matches(name, models.list_models(module=models), n=1)
-        raise BadInput(
-            f"torchvision has no classifier {name!r}" + (f"; did you mean torchvision/{near[0]}?" if near else "")
-        )
+    _refuse_unknown("torchvision", name)
     special = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     try:
         backbone = models.get_model(name, weights="DEFAULT" if pretrained else None, **({} if pretrained else special))

@@ -163,6 +163,9 @@ def test_pictures_look_as_the_network_saw_them():
 def test_unknown_names_name_the_nearest(name, nearest):
     with pytest.raises(BadInput, match=nearest):
         build(NetworkConfig(name), 10, 32, 0)
+    if "/" in name:
+        with pytest.raises(BadInput, match=nearest):
+            preprocessing(NetworkConfig(name))
 
 
 def test_small_cnn_costs_what_its_docstring_says():
