@@ -84,7 +84,7 @@ class Trainer:
                     "or train in another --out"
                 )
             self.config = self._with_time_for_reviews(config, saved)
-        self.memory = Memory.free(self.device, config.data.cache_gb, group.world)
+        self.memory = Memory.free(self.device, config.data.cache_gb, group.beside)
         self.loader = self._loader(self.train_set, config.optim.balanced_batches)
         test_loaders = {name: self._loader(part) for name, part in self.test_sets.items()}
         self.cycle = self._assemble()
