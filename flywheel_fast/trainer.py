@@ -30,7 +30,7 @@ MOST_MERGERS = 3  # said of an epoch
 FORMAT = 2  # of checkpoints: what `_save` puts into them
 PATIENCE = 20  # steps one after another that may be skipped
 # Between a run and its resumption; moved data are recognised by their files and labels.
-MAY_CHANGE = {"name", "log", "eval_every", "optim.epochs"}
+MAY_CHANGE = {"name", "log", "eval_every", "optim.epochs", "optim.compile"}
 MAY_CHANGE |= {"data.root", "data.images", "data.noise.file", "data.reviews", "data.threads", "data.cache_gb"}
 
 
