@@ -1,6 +1,8 @@
 """The method's properties, on the toy of docs/method.md: ten Gaussian classes, small MLPs, known truth."""
 
+import dataclasses
 import traceback
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -268,3 +270,21 @@ def test_a_training_step_reads_nothing_from_the_device():
         assert not read, read[0]
         bool(cycle.main.skipped_last)
     assert len(read) == 1  # which it would have noticed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_training_step_never_waits_for_the_gpu():
+    """Torch itself says where it would."""
+    data = toy.make("pair", 0.3)
+    data = dataclasses.replace(data, x=data.x.cuda(), test_x=data.test_x.cuda())
+    _, _, cycle = toy.run(data, epochs=3, ema=0.9, warmup=2)
+    cycle.main.total_steps = cycle.aux.total_steps = 10**6
+    ready = list(data.epoch(6, ("weak", "strong")))  # which waits, and is not the step's
+    loader = SimpleNamespace(epoch=lambda *given: iter(ready))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cycle.msteps(loader, 3)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            bool(cycle.main.skipped_last)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
