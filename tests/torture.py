@@ -2,7 +2,7 @@
 
     python -m tests.torture --moments 50 [--processes 2]
 
-A training of six epochs is killed (SIGKILL) at a random moment after its first word, each fifth time after its start;
+A training of five epochs is killed (SIGKILL) at a random moment after its first word, each fifth time after its start;
 resumed with the same words, killed again, until one ends; then the next begins. Weights, labels and metrics must be
 those of a run that nobody disturbed, byte for byte. With --processes it runs under torchrun's launcher, and one process
 is killed by turns with all of them. All are forked from a process that has imported the libraries already.
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tests.cli import PROCESSES, ended_as
 
-WORDS = ["train", "optim.epochs=6", "cycle.warmup=2", "data.train_size=400", "data.test_size=100"]
+WORDS = ["train", "optim.epochs=5", "cycle.warmup=2", "data.train_size=300", "data.test_size=100"]
 WORDS += ["--resume", "auto", "--checkpoint-every", "3"]
 PREEMPTED = 75  # by somebody else's signal, which is one interruption more
 
