@@ -30,10 +30,11 @@ from torch.nn import functional as F
 
 from benchmarks.accuracy_table import markdown
 from flywheel_fast import config, env, models
+from flywheel_fast.learner import has_bf16
 from flywheel_fast.trainer import Config, Trainer
 
 BATCH, CLASSES, SIDE = 64, 10, 32
-NETWORKS = {"small_cnn": 1280, "preact_resnet18": 256}  # images of an epoch
+NETWORKS = {"small_cnn": 1280, "preact_resnet18": 128}  # images of an epoch
 FIELDS = (
     "network",
     "images",
@@ -146,6 +147,8 @@ def seconds(candidates: dict[str, Callable[[], None]], turns: int) -> dict[str, 
 def measure(network: str, count: int, turns: int, precision: str, compiled: bool) -> dict[str, dict]:
     """A row for each candidate."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if precision == "auto":
+        precision = "bf16" if has_bf16(device) else "fp32"
     with tempfile.TemporaryDirectory() as folder:
         pictures(Path(folder), count + CLASSES)
         epochs = {"trainer": trainer(Path(folder), network, precision)}
@@ -185,13 +188,13 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="few images and turns, nothing compiled")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
     parser.add_argument("--images", type=int, help="of an epoch")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--out", type=Path, help="folder for step.csv and step.md")
     chosen = parser.parse_args(words)
     turns = 1 if chosen.quick else 5
     measured = []
     for network in chosen.networks:
-        count = chosen.images or (128 if chosen.quick else NETWORKS.get(network, 256))
+        count = chosen.images or (128 if chosen.quick else NETWORKS.get(network, 128))
         measured.append(measure(network, count, turns, chosen.precision, compiled=not chosen.quick))
     text = table(measured)
     print(text)
