@@ -2,16 +2,19 @@
 
 import dataclasses
 import traceback
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import toy
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flywheel_fast import ops, reference
 from flywheel_fast.em import EMState, Expectation
+from flywheel_fast.learner import Learner, OptimConfig
 from flywheel_fast.losses import ntxent
 
 NOISES = [("symmetric", 0.5), ("symmetric", 0.8), ("pair", 0.4), ("instance", 0.4), ("asym", 0.4)]
@@ -288,3 +291,18 @@ def test_a_training_step_never_waits_for_the_gpu():
             bool(cycle.main.skipped_last)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_compiled_networks_learn_the_same_and_are_kept_under_the_same_names(monkeypatch):
+    """By a compiler that changes nothing and takes no time; benchmarks.step has the real one."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    data, cpu, found = toy.make("pair", 0.3), torch.device("cpu"), []
+    for compiled in (False, True):
+        learner = Learner(toy.MLP(0), OptimConfig(precision="fp32", compile=compiled), 10, cpu)
+        assert isinstance(learner.parallel, torch._dynamo.OptimizedModule) == compiled
+        for index, (images,) in data.epoch(0, ("weak",), 20):
+            learner.step(F.cross_entropy(learner.forward(images), torch.from_numpy(data.labels)[index]))
+        found.append(learner.state_dict())
+    for part in ("network", "ema"):
+        plain, compiled = (state[part] for state in found)
+        assert list(plain) == list(compiled) and all(torch.equal(plain[key], compiled[key]) for key in plain)
