@@ -191,7 +191,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--out", type=Path, help="folder for step.csv and step.md")
     chosen = parser.parse_args(words)
-    turns = 1 if chosen.quick else 5
+    turns = 1 if chosen.quick else 3
     measured = []
     for network in chosen.networks:
         count = chosen.images or (128 if chosen.quick else NETWORKS.get(network, 128))
