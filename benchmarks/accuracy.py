@@ -122,7 +122,8 @@ def begun_with(run: Run, config: Config, out: Path) -> int | None:
     path = out / run.name / "config.yaml"
     if not path.exists():
         return None
-    begun, wanted = yaml.safe_load(path.read_text()), yaml.safe_load(configs.dump(config))
+    # loaded, so that it has the default of what is younger than it
+    begun, wanted = configs.as_dict(configs.load(Config, str(path))), configs.as_dict(config)
     changed = set(configs.difference(begun, wanted)) - {"data.threads"}
     if changed:
         raise BadInput(

@@ -213,8 +213,8 @@ class Seen:
 
         return max(STRENGTHS, key=likelihood)
 
-    def accuracy(self, labels: np.ndarray) -> float:
-        return float(self.regression(self.strength).fit(self.x, labels).score(self.test_x, self.test_labels))
+    def accuracy(self, labels: np.ndarray, strength: float) -> float:
+        return float(self.regression(strength).fit(self.x, labels).score(self.test_x, self.test_labels))
 
     @staticmethod
     def regression(strength: float):
@@ -284,16 +284,15 @@ def rows_of(task: Task, way: Callable, threads: int, out: Path) -> Iterator[dict
     log.parent.mkdir(parents=True, exist_ok=True)
     ours = way is by_flywheel
     seen = Seen(task) if task.config.data.features and not ours else None
-    if way is by_regression:
-        seen.strength  # is looked for before the time counts
+    strength = seen.strength if way is by_regression else None  # looked for before the time counts
     with open(log, "w", encoding="utf-8") as file, redirect_stdout(file):
         start = time.perf_counter()
         rankings = way(seen) if seen else way(task, train_set, out / way.__name__)
         seconds = time.perf_counter() - start
     if way is by_regression:
-        plain = seen.accuracy(seen.labels)
+        plain, truly = (seen.accuracy(labels, strength) for labels in (seen.labels, seen.true))
         rankings = {method: replace(ranking, test_acc=plain) for method, ranking in rankings.items()}
-        rankings[CEILING] = Ranking(test_acc=seen.accuracy(seen.true))
+        rankings[CEILING] = Ranking(test_acc=truly)
     here, config = env.describe(), task.config
     epochs = config.optim.epochs if ours else epochs_of_folds(config)
     spent = passes(config.cycle, config.optim.epochs) if ours else 3 * (FOLDS - 1) * epochs + 1
@@ -331,10 +330,10 @@ Each on the same labels, network, number of threads and forward passes an image,
 `label_score`. AUROC and average precision (AP) of finding the labels that are truly wrong; share that is wrong of the
 100 worst, and of those that the method flags; seconds from the files to the ranking. Means over the seeds.
 
-`emb_` tasks are on features of a frozen EfficientNet-Lite0 with ImageNet weights; there cleanlab has logistic regression
-in {folds} folds, with the L2 penalty of {strengths} (inverse) that predicts held-out labels best, found before the seconds
-count; the features are there for both. `test accuracy`: of what each method trains, cleanlab's of that regression on all
-labels as they are.
+`emb_` tasks are on features of a frozen EfficientNet-Lite0 with ImageNet weights, which are there for all; cleanlab has
+logistic regression in {folds} folds there, with the L2 penalty of {strengths} (inverse) that predicts held-out labels
+best, found before the seconds count. `test accuracy`: of what each method trains on all labels, cleanlab's of that
+regression.
 
 {table}
 

@@ -5,7 +5,7 @@
 Candidates take turns in one process, a whole epoch each, so that a busy machine slows them alike; figures are medians:
 
 - trainer: `Cycle.run` as `flywheel-fast train` assembles it, an epoch of the cycle with its look and E-steps, on drawn
-  pictures that are decoded already;
+  pictures that are decoded already; compiled: the same with optim.compile=true;
 - bare: its passes alone, on one batch of random numbers: forward, backward and optimiser of both networks (two views
   for the auxiliary one), and a forward pass of both for each image;
 - SSR, DivideMix: their passes alone, likewise, with what they do between them left out. SSR (Feng et al. 2022, arXiv
@@ -16,7 +16,7 @@ Candidates take turns in one process, a whole epoch each, so that a busy machine
 """
 
 import argparse
-import statistics
+import csv
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,9 +30,24 @@ from torch.nn import functional as F
 
 from benchmarks.accuracy_table import markdown
 from flywheel_fast import config, env, models
+from flywheel_fast.learner import has_bf16
 from flywheel_fast.trainer import Config, Trainer
 
 BATCH, CLASSES, SIDE = 64, 10, 32
+NETWORKS = {"small_cnn": 1280, "preact_resnet18": 128}  # images of an epoch
+FIELDS = (
+    "network",
+    "images",
+    "candidate",
+    "p20",
+    "median",
+    "p80",
+    "turns",
+    "precision",
+    "device",
+    "threads",
+    "versions",
+)
 SELECTED = 0.5  # of the samples, by DivideMix
 
 
@@ -44,12 +59,13 @@ def pictures(folder: Path, count: int) -> None:
         Image.fromarray(rng.integers(256, size=(SIDE, SIDE, 3), dtype=np.uint8)).save(path)
 
 
-def trainer(folder: Path, network: str, precision: str) -> Callable[[], None]:
+def trainer(folder: Path, network: str, precision: str, compiled: bool = False) -> Callable[[], None]:
     """An epoch of the cycle, after an epoch of warm-up."""
     words = ["data.source=folder", f"data.root={folder}", f"model.main.name={network}", f"views.image_size={SIDE}"]
     words += [f"optim.precision={precision}", f"optim.batch_size={BATCH}", "optim.epochs=100", "cycle.warmup=1"]
-    (folder / "run").mkdir()
-    made = Trainer(config.load(Config, None, words), folder / "run")
+    out = folder / f"run{compiled:d}"
+    out.mkdir()
+    made = Trainer(config.load(Config, None, [*words, f"optim.compile={compiled}"]), out)
     made.cycle.run(made.loader, 0)
     return lambda: made.cycle.run(made.loader, 1)
 
@@ -115,8 +131,8 @@ def loops(network: str, precision: str, device: torch.device, count: int) -> dic
     return {"bare": bare, "SSR": ssr, "DivideMix": dividemix}
 
 
-def seconds(candidates: dict[str, Callable[[], None]], turns: int) -> dict[str, float]:
-    """Medians; the first turn is not counted."""
+def seconds(candidates: dict[str, Callable[[], None]], turns: int) -> dict[str, tuple[float, float, float]]:
+    """20th percentile, median and 80th; the first turn is not counted."""
     found: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(turns + 1):
         for name, run in candidates.items():
@@ -125,39 +141,69 @@ def seconds(candidates: dict[str, Callable[[], None]], turns: int) -> dict[str, 
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             found[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in found.items()}
+    return {name: tuple(np.percentile(times[1:], (20, 50, 80))) for name, times in found.items()}
+
+
+def measure(network: str, count: int, turns: int, precision: str, compiled: bool) -> dict[str, dict]:
+    """A row for each candidate."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if precision == "auto":
+        precision = "bf16" if has_bf16(device) else "fp32"
+    with tempfile.TemporaryDirectory() as folder:
+        pictures(Path(folder), count + CLASSES)
+        epochs = {"trainer": trainer(Path(folder), network, precision)}
+        if compiled:
+            epochs["compiled"] = trainer(Path(folder), network, precision, compiled=True)
+        took = seconds(epochs | loops(network, precision, device, count), turns)
+    about = {"network": network, "images": count, "turns": turns, "precision": precision, "device": device.type}
+    found = env.describe()
+    about |= {"threads": torch.get_num_threads(), "versions": f"{found['flywheel-fast']}; torch {found['torch']}"}
+    return {
+        name: about | {"candidate": name, "p20": f"{p20:.4g}", "median": f"{median:.4g}", "p80": f"{p80:.4g}"}
+        for name, (p20, median, p80) in took.items()
+    }
+
+
+def table(measured: list[dict[str, dict]]) -> str:
+    lines: list[tuple] = [("network", "images", "trainer, images/s", "bare, images/s", "trainer / bare")]
+    lines[0] += ("compiled / trainer", "trainer's seconds / SSR's", "trainer's seconds / DivideMix's")
+    for rows in measured:
+        row, took = rows["trainer"], {name: float(row["median"]) for name, row in rows.items()}
+        rates = [f"{row['images'] / took[name]:,.0f}" for name in ("trainer", "bare")]
+        ratios = [took["bare"] / took["trainer"], took["trainer"] / took["compiled"] if "compiled" in took else None]
+        ratios += [took["trainer"] / took["SSR"], took["trainer"] / took["DivideMix"]]
+        lines.append(
+            (row["network"], row["images"], *rates, *("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios))
+        )
+    about = (
+        f"Epochs of drawn images of {SIDE} px, batches of {BATCH}, {row['precision']}, median of {row['turns']} epochs "
+        f"in turns; {row['device']}, {row['threads']} threads; flywheel-fast {row['versions']}. `compiled / trainer`: "
+        "images/s with optim.compile=true over those without."
+    )
+    return f"# The trainer's step against bare loops\n\n{about}\n\n{markdown(lines)}"
 
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few images and turns")
-    parser.add_argument("--networks", nargs="+", default=["small_cnn", "preact_resnet18"])
+    parser.add_argument("--quick", action="store_true", help="few images and turns, nothing compiled")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
     parser.add_argument("--images", type=int, help="of an epoch")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--out", type=Path, help="folder for step.md")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--out", type=Path, help="folder for step.csv and step.md")
     chosen = parser.parse_args(words)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    count, turns = chosen.images or (128 if chosen.quick else 1280), 1 if chosen.quick else 5
-    found = env.describe()
-    lines: list[tuple] = [("network", "trainer, images/s", "bare, images/s", "trainer / bare")]
-    lines[0] += ("trainer's seconds / SSR's", "trainer's seconds / DivideMix's")
+    turns = 1 if chosen.quick else 3
+    measured = []
     for network in chosen.networks:
-        with tempfile.TemporaryDirectory() as folder:
-            pictures(Path(folder), count + CLASSES)
-            epochs = {"trainer": trainer(Path(folder), network, chosen.precision)}
-            took = seconds(epochs | loops(network, chosen.precision, device, count), turns)
-        rates = [f"{count / took[name]:,.0f}" for name in ("trainer", "bare")]
-        ratios = [took["bare"] / took["trainer"], took["trainer"] / took["SSR"], took["trainer"] / took["DivideMix"]]
-        lines.append((network, *rates, *(f"{ratio:.2f}" for ratio in ratios)))
-    about = (
-        f"{count:,} images of {SIDE} px an epoch, batches of {BATCH}, {chosen.precision}, median of {turns} epochs in "
-    )
-    about += f"turns; {device.type}, {torch.get_num_threads()} threads; "
-    about += f"flywheel-fast {found['flywheel-fast']}, torch {found['torch']}."
-    text = f"# The trainer's step against bare loops\n\n{about}\n\n{markdown(lines)}"
+        count = chosen.images or (128 if chosen.quick else NETWORKS.get(network, 128))
+        measured.append(measure(network, count, turns, chosen.precision, compiled=not chosen.quick))
+    text = table(measured)
     print(text)
     if chosen.out:
-        (chosen.out / "step.md").write_text(text)
+        with open(chosen.out / "step.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(row for rows in measured for row in rows.values())
+        (chosen.out / "step.md").write_text(text + "\n")
 
 
 if __name__ == "__main__":

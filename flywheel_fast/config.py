@@ -45,7 +45,7 @@ def load(schema: type[T], name: str | None, overrides: list[str] = ()) -> T:
 
     Raises BadInput naming the key, the file (or the override) and the nearest valid key.
     """
-    config = OmegaConf.structured(schema)
+    config = _defaults(schema)  # `merge` leaves it as it is
     for path, content in _read(find(name)) if name else []:
         config = _merge(schema, config, content, f"{path}")
     for word in overrides:
@@ -125,6 +125,11 @@ def keys_of(schema: type, prefix: str = "") -> list[str]:
         if is_dataclass(field.type):
             keys += keys_of(field.type, f"{prefix}{field.name}.")
     return keys
+
+
+@cache
+def _defaults(schema: type) -> DictConfig:
+    return OmegaConf.structured(schema)
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, DictConfig]]:

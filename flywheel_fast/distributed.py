@@ -25,6 +25,7 @@ class Group:
     world: int = 1
     gpu: int = 0  # of this machine's
     launcher: str | None = None  # torchrun's name, the same when it starts all processes anew
+    beside: int = 1  # processes of this machine, this one too: they share its memory
 
     @classmethod
     def join(cls) -> "Group":
@@ -41,7 +42,7 @@ class Group:
             store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
-        return cls(rank, world, here, launcher)
+        return cls(rank, world, here, launcher, int(os.environ["LOCAL_WORLD_SIZE"]))
 
     @property
     def device(self) -> torch.device:

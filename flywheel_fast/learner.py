@@ -45,6 +45,8 @@ class OptimConfig:
     """Of several processes: batch normalisation over the batches of all. On GPUs only."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the networks; auto: bf16 where the processor has it."""
+    compile: bool = False
+    """The networks' passes in training by torch.compile, which takes a while at the start; needs a C++ compiler."""
 
     def __post_init__(self):
         if min(self.epochs, self.batch_size) < 1:
@@ -91,6 +93,8 @@ class Learner:
         self.network = network.to(device, memory_format=torch.channels_last)
         all_used = getattr(network, "projection", None) is None and not config.freeze
         self.parallel = group.parallel(self.network, all_used)
+        if config.compile:
+            self.parallel = torch.compile(self.parallel)
         self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
         self.ema.eval()
         self.looked: nn.Module | None = None  # the averages as they were at the last look at all samples

@@ -32,7 +32,7 @@ MOST_MERGERS = 3  # said of an epoch
 FORMAT = 3  # of checkpoints: what `_save` puts into them
 PATIENCE = 20  # steps one after another that may be skipped
 # Between a run and its resumption; moved data are recognised by their files and labels.
-MAY_CHANGE = {"name", "log", "eval_every", "optim.epochs"}
+MAY_CHANGE = {"name", "log", "eval_every", "optim.epochs", "optim.compile"}
 MAY_CHANGE |= {"data.root", "data.images", "data.noise.file", "data.reviews", "data.threads", "data.cache_gb"}
 
 
@@ -99,7 +99,7 @@ class Trainer:
                     "or train in another --out"
                 )
             self.config = self._with_time_for_reviews(config, saved)
-        self.memory = Memory.free(self.device, config.data.cache_gb, group.world)
+        self.memory = Memory.free(self.device, config.data.cache_gb, group.beside)
         self.loader = self._loader(self.train_set, config.optim.balanced_batches)
         test_loaders = {name: self._loader(part) for name, part in self.test_sets.items()}
         self.cycle = self._assemble()

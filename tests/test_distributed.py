@@ -13,7 +13,7 @@ import torch
 from cli import ended_as, rows
 from test_stopping import SHORT
 
-from flywheel_fast import distributed
+from flywheel_fast import config, distributed, trainer
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 TOY = Path(__file__).parent / "toy_processes.py"
@@ -135,6 +135,20 @@ def test_two_machines_know_what_one_process_knows(tmp_path, two_machines):
     finished(torchrun(1, TOY, "one.pt", cwd=tmp_path))
     one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
     assert (one["clean_prob"] - two["clean_prob"]).abs().max() <= 1e-6 and abs(one["gamma"] - two["gamma"]) <= 1e-6
+
+
+def test_processes_of_other_machines_take_none_of_this_ones_memory(folder, tmp_path, monkeypatch):
+    """The second of two machines with two processes each."""
+    torchrun = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    for name, value in (torchrun | {"GROUP_WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "rendezvous", lambda url: iter([(None, 3, 4)]))
+    monkeypatch.setattr(distributed.distributed, "init_process_group", lambda *given, **named: None)
+    monkeypatch.setattr(distributed.Group, "first", lambda group, make: make())
+    monkeypatch.setattr(trainer.Memory, "free", lambda device, cache_gb, processes: {}[f"shared by {processes}"])
+    words = ["data.source=folder", f"data.root={folder}"]
+    with pytest.raises(KeyError, match="shared by 2"):
+        trainer.Trainer(config.load(trainer.Config, None, words), tmp_path / "run", group=distributed.Group.join())
 
 
 def test_alone_a_group_changes_nothing():

@@ -44,5 +44,7 @@ def test_a_trainer_and_its_bare_loop_are_timed(tmp_path, capsys):
     step.main(["--networks", "small_cnn", "--images", "64", "--quick", "--out", str(tmp_path)])
     last = (tmp_path / "step.md").read_text().strip().splitlines()[-1]
     cells = [cell.strip() for cell in last.strip("|").split("|")]
-    assert cells[0] == "small_cnn" and len(cells) == 6 and all(np.array(cells[3:], float) > 0)
+    assert cells[:2] == ["small_cnn", "64"] and len(cells) == 8 and cells.pop(5) == "–"  # nothing is compiled
+    assert all(np.array(cells[4:], float) > 0)
+    assert (tmp_path / "step.csv").read_text().count("\nsmall_cnn,64,") == 4
     assert last in capsys.readouterr().out

@@ -1,15 +1,20 @@
 """The method's properties, on the toy of docs/method.md: ten Gaussian classes, small MLPs, known truth."""
 
+import dataclasses
 import traceback
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import toy
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flywheel_fast import ops, reference
 from flywheel_fast.em import EMState, Expectation
+from flywheel_fast.learner import Learner, OptimConfig
 from flywheel_fast.losses import ntxent
 
 NOISES = [("symmetric", 0.5), ("symmetric", 0.8), ("pair", 0.4), ("instance", 0.4), ("asym", 0.4)]
@@ -268,3 +273,36 @@ def test_a_training_step_reads_nothing_from_the_device():
         assert not read, read[0]
         bool(cycle.main.skipped_last)
     assert len(read) == 1  # which it would have noticed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_training_step_never_waits_for_the_gpu():
+    """Torch itself says where it would."""
+    data = toy.make("pair", 0.3)
+    data = dataclasses.replace(data, x=data.x.cuda(), test_x=data.test_x.cuda())
+    _, _, cycle = toy.run(data, epochs=3, ema=0.9, warmup=2)
+    cycle.main.total_steps = cycle.aux.total_steps = 10**6
+    ready = list(data.epoch(6, ("weak", "strong")))  # which waits, and is not the step's
+    loader = SimpleNamespace(epoch=lambda *given: iter(ready))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cycle.msteps(loader, 3)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            bool(cycle.main.skipped_last)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_compiled_networks_learn_the_same_and_are_kept_under_the_same_names(monkeypatch):
+    """By a compiler that changes nothing and takes no time; benchmarks.step has the real one."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    data, cpu, found = toy.make("pair", 0.3), torch.device("cpu"), []
+    for compiled in (False, True):
+        learner = Learner(toy.MLP(0), OptimConfig(precision="fp32", compile=compiled), 10, cpu)
+        assert isinstance(learner.parallel, torch._dynamo.OptimizedModule) == compiled
+        for index, (images,) in data.epoch(0, ("weak",), 20):
+            learner.step(F.cross_entropy(learner.forward(images), torch.from_numpy(data.labels)[index]))
+        found.append(learner.state_dict())
+    for part in ("network", "ema"):
+        plain, compiled = (state[part] for state in found)
+        assert list(plain) == list(compiled) and all(torch.equal(plain[key], compiled[key]) for key in plain)

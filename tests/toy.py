@@ -26,11 +26,11 @@ class Toy:
 
     def epoch(self, number, views, start=0):
         order = torch.from_numpy(np.random.default_rng((7, number)).permutation(len(self.labels)))
-        for index in order.split(100)[start:]:
+        for index in order.to(self.x.device).split(100)[start:]:
             yield index, (self.x[index],) * len(views)
 
     def sweep(self):
-        for index in torch.arange(len(self.labels)).split(1000):
+        for index in torch.arange(len(self.labels), device=self.x.device).split(1000):
             yield index, (self.x[index],)
 
 
@@ -78,8 +78,8 @@ def run(toy: Toy, epochs: int = 36, ema: float = 0.0, prepare=None, **cycle) -> 
     """Test accuracy of the inference network, gamma, and the cycle; `prepare` is given the state before it starts."""
     optim = OptimConfig(epochs=epochs, batch_size=100, lr=0.05, ema_decay=ema, precision="fp32")
     steps = -(-len(toy.labels) // 100)
-    device = torch.device("cpu")
-    state = EMState.start(torch.from_numpy(toy.labels), C, 0.5)
+    device = toy.x.device
+    state = EMState.start(torch.from_numpy(toy.labels).to(device), C, 0.5)
     if prepare:
         prepare(state)
     config = CycleConfig(**cycle)
@@ -87,5 +87,5 @@ def run(toy: Toy, epochs: int = 36, ema: float = 0.0, prepare=None, **cycle) -> 
     flywheel = Cycle(config, Learner(MLP(1), optim, steps, device), aux, state)
     for epoch in range(epochs):
         flywheel.run(toy, epoch)
-    predicted = flywheel.inference().predict(toy.test_x).argmax(dim=1).numpy()
+    predicted = flywheel.inference().predict(toy.test_x).argmax(dim=1).cpu().numpy()
     return float(np.mean(predicted == toy.test_true)), state.gamma.item(), flywheel
