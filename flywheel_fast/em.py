@@ -175,11 +175,12 @@ class EMState:
         c, device = self.num_classes, self.labels.device
         free = self.reviews.free.nonzero()[:, 0] if self.reviews else torch.arange(len(self.labels), device=device)
         counts = (torch.bincount(self.labels[free], minlength=c) * SUREST).ceil().clamp_min(1)  # [C]
-        surest = torch.zeros(c, 0, device=device)  # [C, most of counts]
+        surest = torch.zeros(c, 0, device=device)  # [C, most]
         labels = torch.zeros(c, 0, dtype=torch.int64, device=device)
-        for index in free.split(PIECE):
+        most = int(counts.max())
+        for index in free.split(max(PIECE, most)):  # in shorter pieces the many that are kept would be sorted too often
             surest = torch.cat([surest, self.teacher[index].float().softmax(dim=1).t()], dim=1)
-            surest, best = surest.topk(min(int(counts.max()), surest.shape[1]), dim=1)
+            surest, best = surest.topk(min(most, surest.shape[1]), dim=1)
             labels = torch.cat([labels, self.labels[index].expand(c, -1)], dim=1).gather(1, best)
         counted = torch.arange(labels.shape[1], device=device) < counts[:, None]
         pairs = (torch.arange(c, device=device)[:, None] * c + labels)[counted]
