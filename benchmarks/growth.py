@@ -39,7 +39,7 @@ SHORT = 0.05  # seconds, below which a step says little of growth, as where what
 
 def measure(n: int, c: int, folder: Path) -> dict:
     """Seconds of the processor by step, peak memory, sizes of files."""
-    found: dict = {"n": n, "c": c, "baseline_gb": _peak_gb()}
+    found: dict = {"n": n, "c": c, "baseline_gb": peak_gb()}
 
     @contextmanager
     def step(name: str) -> Iterator[None]:
@@ -81,7 +81,7 @@ def measure(n: int, c: int, folder: Path) -> dict:
     with step("report"):
         report.write([folder])
     sizes = {"checkpoint_mb": path, "parquet_mb": folder / "labels" / "samples.parquet"}
-    return found | {name: file.stat().st_size / 1e6 for name, file in sizes.items()} | {"peak_gb": _peak_gb()}
+    return found | {name: file.stat().st_size / 1e6 for name, file in sizes.items()} | {"peak_gb": peak_gb()}
 
 
 def _labels(table: Manifest, state: EMState) -> audit.Labels:
@@ -102,7 +102,7 @@ def _labels(table: Manifest, state: EMState) -> audit.Labels:
     )
 
 
-def _peak_gb() -> float:
+def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
