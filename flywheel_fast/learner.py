@@ -12,7 +12,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flywheel_fast.distributed import ALONE, Group
 from flywheel_fast.errors import BadInput
-from flywheel_fast.heads import Heads
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ class Learner:
             return self._on(network or self.ema, images, index)
 
     def _on(self, network: nn.Module, images: Tensor, index: Tensor | None, *more) -> Tensor | tuple[Tensor, Tensor]:
-        if isinstance(self.network, Heads):
+        if getattr(self.network, "knows_samples", False):
             return network(images, index)
         return network(images.contiguous(memory_format=torch.channels_last), *more)
 

@@ -475,7 +475,7 @@ class Trainer:
         if self.bad_files:
             count = f"{len(self.bad_files):,} broken files: {self.out / run_folder.BAD_FILES}"
             rows.append(("left out", count))
-        if (waiting := measures.waiting(self.history)) > NOTABLE_WAITING:
+        if (waiting := measures.waiting(self.history)) > NOTABLE_WAITING and not self.features:
             decode_less = ", or a larger data.cache_gb," if self.loader.images is None else ""
             cure = f"more data.threads{decode_less} may help"
             rows.append(("waiting", f"{waiting:.0%} of the time passed waiting for images: {cure}"))

@@ -341,7 +341,7 @@ def test_an_unknown_class_in_the_map_names_the_nearest():
         lambda: NoiseConfig("matrix", 0.4),
         lambda: DataConfig("folder"),
         lambda: DataConfig("folder", "photos", images="elsewhere"),
-        lambda: DataConfig(holdout=0.0),
+        lambda: DataConfig(holdout=1.0),
         lambda: DataConfig(train_size=0),
         lambda: sources.DataConfig(threads=0),
         lambda: DataConfig(seed=-1),

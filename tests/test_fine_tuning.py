@@ -31,7 +31,7 @@ def learner(name: str = "small_cnn", group: Group = ALONE, **changes) -> Learner
 def step(learner: Learner, part: slice = slice(None)) -> None:
     generator = torch.Generator().manual_seed(learner.steps)
     images, labels = torch.randn(8, 3, 32, 32, generator=generator), torch.randint(3, (8,), generator=generator)
-    learner.step(F.cross_entropy(learner.forward(images[part]), labels[part]))
+    learner.step(F.cross_entropy(learner.forward(images[part], torch.arange(8)[part]), labels[part]))
 
 
 def moved(learner: Learner, before: dict) -> set[str]:

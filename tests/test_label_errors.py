@@ -44,9 +44,9 @@ def test_a_row_for_each_ranking_and_each_once(plan, tmp_path, capsys, monkeypatc
     assert "by_flywheel" in capsys.readouterr().out
 
 
-def test_probabilities_are_out_of_sample(plan, monkeypatch):
+def test_probabilities_are_out_of_sample(plan, monkeypatch, tmp_path):
     (task,) = label_errors.read_plan(
-        plan, ["data.noise.rate=0", "optim.epochs=4", "optim.batch_size=16", "optim.ema_decay=0"], threads=1
+        plan, ["data.noise.rate=0", "optim.epochs=4", "optim.batch_size=16", "optim.ema_decay=0"], 1, tmp_path
     )
     train_set, read = sources.load(task.config.data).train, []
 
@@ -67,14 +67,14 @@ def test_probabilities_are_out_of_sample(plan, monkeypatch):
 
 
 @pytest.mark.parametrize("epochs", [6, 20, 36, 60])
-def test_as_many_passes_as_the_cycle(plan, epochs):
-    (task,) = label_errors.read_plan(plan, [f"optim.epochs={epochs}", "cycle.warmup=2"], threads=1)
+def test_as_many_passes_as_the_cycle(plan, epochs, tmp_path):
+    (task,) = label_errors.read_plan(plan, [f"optim.epochs={epochs}", "cycle.warmup=2"], 1, tmp_path)
     ours, folds = passes(task.config.cycle, epochs), label_errors.epochs_of_folds(task.config)
     assert abs(12 * folds + 1 - ours) <= 6
 
 
-def test_what_a_ranking_is_worth(plan):
-    (task,) = label_errors.read_plan(plan, [], threads=1)
+def test_what_a_ranking_is_worth(plan, tmp_path):
+    (task,) = label_errors.read_plan(plan, [], 1, tmp_path)
     train_set = sources.load(task.config.data).train
     right = (train_set.labels == train_set.true_labels).astype(float)
     found = label_errors.measured(label_errors.Ranking(right, right == 0), train_set)
@@ -92,5 +92,5 @@ def test_what_a_ranking_is_worth(plan):
 def test_a_plan_that_is_none_is_named(tmp_path):
     (tmp_path / "plan.yaml").write_text("tasks: [digits]")
     with pytest.raises(BadInput, match="plan.yaml: is no plan"):
-        label_errors.read_plan(tmp_path / "plan.yaml", [], threads=1)
+        label_errors.read_plan(tmp_path / "plan.yaml", [], 1, tmp_path)
     assert label_errors.main([str(tmp_path / "nowhere.yaml")]) == 2

@@ -301,7 +301,7 @@ def test_compiled_networks_learn_the_same_and_are_kept_under_the_same_names(monk
         learner = Learner(toy.MLP(0), OptimConfig(precision="fp32", compile=compiled), 10, cpu)
         assert isinstance(learner.parallel, torch._dynamo.OptimizedModule) == compiled
         for index, (images,) in data.epoch(0, ("weak",), 20):
-            learner.step(F.cross_entropy(learner.forward(images), torch.from_numpy(data.labels)[index]))
+            learner.step(F.cross_entropy(learner.forward(images, index), torch.from_numpy(data.labels)[index]))
         found.append(learner.state_dict())
     for part in ("network", "ema"):
         plain, compiled = (state[part] for state in found)

@@ -88,7 +88,7 @@ class DataConfig:
 
     def __post_init__(self):
         if (self.source == "features") != bool(self.features):
-            raise ValueError("data.source=features and data.features=PATH go together")
+            raise ValueError("data.features: data.source=features and data.features=PATH go together")
         if self.source not in ("digits", "features") and not self.root:
             raise ValueError(f"data.source={self.source} needs data.root=PATH")
         if self.images and self.source != "csv":
