@@ -266,12 +266,14 @@ def _audit(args: argparse.Namespace) -> None:
 def _embed(args: argparse.Namespace) -> None:
     from flywheel_fast import config
     from flywheel_fast.embed import embed
+    from flywheel_fast.pauses import Pauses
     from flywheel_fast.trainer import Config
 
     if args.draws < 0:
         raise BadInput(f"--draws must not be negative, not {args.draws}")
     name, changes = _config_and_changes(args.words)
-    count = embed(config.load(Config, name, changes), Path(args.o), args.draws, _say_left)
+    with Pauses().listening() as pauses:
+        count = embed(config.load(Config, name, changes), Path(args.o), args.draws, _say_left, pauses)
     print(f"features of {count:,} images: train on them with `flywheel-fast train embeddings data.features={args.o}`")
 
 

@@ -22,8 +22,9 @@ from flywheel_fast.data import scan, sources
 from flywheel_fast.data.manifest import Manifest, to_parquet
 from flywheel_fast.data.pipelines import Loader
 from flywheel_fast.data.sources.features import ABOUT, ARRAY, MANIFEST, digest
-from flywheel_fast.errors import BadInput, Failure
+from flywheel_fast.errors import BadInput, Failure, Stopped
 from flywheel_fast.learner import has_bf16
+from flywheel_fast.pauses import Pauses
 from flywheel_fast.run_folder import BAD_FILES
 from flywheel_fast.trainer import Config, with_preprocessing
 
@@ -31,12 +32,19 @@ BLOCK = 128  # images from one save to the next
 BATCH = 32  # images that the network sees at once
 
 
-def embed(config: Config, out: Path, draws: int = 1, told: Callable[[float], None] = lambda seconds: None) -> int:
+def embed(
+    config: Config,
+    out: Path,
+    draws: int = 1,
+    told: Callable[[float], None] = lambda seconds: None,
+    pauses: Pauses | None = None,
+) -> int:
     """Writes the features of all images of the config's data by its main network; returns of how many.
 
     `draws`: weak and strong views of each training image, beside the clean one; of a test image the clean one is all.
     `told` is given the seconds that are left, once the first images are done. Raises BadInput for a network without
-    pretrained weights and for an `out` that holds something else, Failure where an output is not finite.
+    pretrained weights and for an `out` that holds something else, Failure where an output is not finite, Stopped
+    between two blocks where `pauses` want it.
     """
     if config.model.main.weights is None:
         raise BadInput("a fresh network sees nothing in images: give pretrained weights by model.main.weights")
@@ -66,6 +74,9 @@ def embed(config: Config, out: Path, draws: int = 1, told: Callable[[float], Non
         features = [frozen.see(loaders[split], rows, views, draw + k) for k, views in enumerate(seen)]
         first = at + (len(splits["train"]) if split == "test" else 0)
         store.add(np.concatenate(features, axis=1), splits[split], rows, first)
+        if pauses and pauses.stop():
+            done = f"{store.done} of {len(blocks)} blocks of {BLOCK} images"
+            raise Stopped(f"stopped after {done}, which are saved; the same command goes on from there")
         if (split, at) == left[0]:
             told((time.perf_counter() - begun) * len(left))
     store.finish()
@@ -119,15 +130,15 @@ class _Store:
                 raise BadInput(
                     f"-o {out}: holds features of other {changed[0]}; name another folder, or remove this one"
                 )
+        if self.done:
             self.array = np.lib.format.open_memmap(out / ARRAY, mode="r+")
             return
-        out.mkdir(parents=True, exist_ok=True)
+        self._save()
         try:
             self.array = np.lib.format.open_memmap(out / ARRAY, mode="w+", dtype=np.float16, shape=shape)
         except OSError as error:
             raise Failure(f"{out / ARRAY}: cannot be written ({error.strerror})") from error
         write_atomic(out / MANIFEST, to_parquet(splits["train"], splits["test"]))
-        self._save()
 
     def _kept(self) -> dict:
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):

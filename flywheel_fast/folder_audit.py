@@ -31,7 +31,7 @@ def audit(
     features = out / run_folder.FEATURES
     at = [f"name={out.name}", f"data.features={features}", "data.holdout=0", "eval_every=10"]
     learnt = configs.load(Config, LEARNT, [*at, *of_learning])
-    count = embed(seen, features, told=told)
+    count = embed(seen, features, told=told, pauses=pauses)
     if not (out / "result.json").exists():
         Trainer(learnt, out, run_folder.resumable(out), pauses).run()
     return report.write([out]), count

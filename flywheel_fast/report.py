@@ -12,7 +12,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from flywheel_fast import charts, duplicates, plots
+from flywheel_fast import charts, duplicates, oddities, plots
 from flywheel_fast import config as configs
 from flywheel_fast.audit import FALSE_ALARMS, Labels, read_labels, summary
 from flywheel_fast.checkpoint import write_atomic
@@ -29,6 +29,12 @@ REVIEWED = {  # what may change by a review, and its column
     "labels right after refurbishing": "refurbish_acc",
 }
 LABELLING = {"rightly taken for clean or wrong": "selection_acc", "right after refurbishing": "refurbish_acc"}
+ODD = {  # kinds of oddities, and what they are called; so many pictures of each
+    "outlier": "Unlike all others",
+    "near-duplicate": "Near-duplicates with different labels",
+    "two classes": "Fit two classes",
+}
+ODD_PICTURES = 12
 CELLS = 20  # up to so many classes the corruption matrix is a table, above it a picture
 
 
@@ -135,6 +141,7 @@ def _single(run: Run) -> dict:
         "reviewed": _reviewed(run),
         "differences": {},
         "found": _found(run.labels) if run.labels else None,
+        "odd": _odd(run),
     }
 
 
@@ -321,6 +328,24 @@ def _duplicates(labels: Labels, most: int = 50) -> dict:
         for copies in groups[:most]
     ]
     return {"count": len(groups), "shown": shown}
+
+
+def _odd(run: Run) -> list[dict]:
+    """What a run on features found odd: of each kind that there is, the oddest pictures, and how many in all."""
+    found = oddities.read(run.folder / "labels")
+    kinds = []
+    for kind, title in ODD.items():
+        of_kind = [one for one in found if one.kind == kind]
+        if kind == "near-duplicate":  # each pair once
+            of_kind = list({frozenset((one.file_name, one.detail)): one for one in reversed(of_kind)}.values())[::-1]
+        tiles = []
+        for one in of_kind[:ODD_PICTURES]:
+            files = [one.file_name, one.detail] if kind == "near-duplicate" else [one.file_name]
+            pictures = [(file, _thumbnail(run.labels.root / file)) for file in files]
+            tiles.append({"pictures": pictures, "given": one.given_label, "detail": one.detail})
+        if tiles:
+            kinds.append({"title": title, "count": len(of_kind), "tiles": tiles})
+    return kinds
 
 
 # -- several runs ------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ PROGRAMS = ("flywheel-fast ", "python -m benchmarks")
 CUT = ["optim.epochs=2", "cycle.warmup=1", "eval_every=1", "data.threads=1"]
 INSTALLING = ("pip ", "pytest")  # is what a machine for tests has done
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
-NOT_RUN = {"README.md": 0, "docs/data.md": 2, "docs/paper.md": 10, "docs/performance.md": 1}  # commands under the mark
+NOT_RUN = {"README.md": 1, "docs/data.md": 5, "docs/paper.md": 10, "docs/performance.md": 1}  # commands under the mark
 SERVES = ("review",)  # runs until it is stopped; its own tests drive it
 
 
