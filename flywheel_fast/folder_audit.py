@@ -11,6 +11,7 @@ from flywheel_fast.pauses import Pauses
 from flywheel_fast.trainer import Config, Trainer
 
 SEEN, LEARNT = "photos", "embeddings"  # configs: how pictures are seen, and what is learnt from that
+MANY = 20_000  # pictures from which an epoch has steps enough for fewer epochs
 OF_LEARNING = ("seed", "log", "cycle.", "optim.", "model.folds")  # keys that are of the second
 
 
@@ -30,8 +31,16 @@ def audit(
     seen = configs.load(Config, SEEN, [*source, *(word for word in changes if word not in of_learning)])
     features = out / run_folder.FEATURES
     at = [f"name={out.name}", f"data.features={features}", "data.holdout=0", "eval_every=10"]
-    learnt = configs.load(Config, LEARNT, [*at, *of_learning])
+    configs.load(Config, LEARNT, [*at, *of_learning])  # a mistake in them is told before the pictures are seen
     count = embed(seen, features, told=told, pauses=pauses)
+    learnt = configs.load(Config, LEARNT, [*at, *_pace(count), *of_learning])
     if not (out / "result.json").exists():
         Trainer(learnt, out, run_folder.resumable(out), pauses).run()
     return report.write([out]), count
+
+
+def _pace(count: int) -> list[str]:
+    """Of `count` pictures: what `embeddings` says for some hundreds; of many, larger batches and fewer epochs."""
+    if count < MANY:
+        return []
+    return [f"optim.batch_size={min(count // 100, 1024)}", "optim.lr=0.05", "cycle.warmup=5", "optim.epochs=15"]
