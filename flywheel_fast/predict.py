@@ -37,10 +37,10 @@ class Predictor:
             with safe_open(path, "pt") as file:
                 weights = {name: file.get_tensor(name) for name in file.keys()}
                 about = json.loads(file.metadata()["flywheel_fast"])
-                self.classes = tuple(about["classes"])
+                self.classes, text = tuple(about["classes"]), about["config"]
         except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
             raise BadInput(f"{path}: is not the network of a finished run ({error}); name a run folder") from error
-        self.config = config = configs.parse(Config, about["config"], f"{path}")
+        self.config = config = configs.parse(Config, text, f"{path}")
         if config.data.source == "features":
             raise BadInput(f"{path}: is a head on features that were computed elsewhere; it takes no images")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,5 +1,6 @@
 """Test images in the plane, and the page that shows them: of the network of a run, whichever it is."""
 
+import json
 import re
 import shutil
 
@@ -76,7 +77,8 @@ def test_any_network_will_do(tmp_path):
     (tmp_path / "config.yaml").write_text(config.dump(settings))
     (tmp_path / "weights").mkdir()
     network = models.build(settings.model.main, 10, 32, seed=0)
-    metadata = {"flywheel_fast": '{"classes": ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]}'}
+    about = {"classes": [str(label) for label in range(10)], "config": config.dump(settings)}
+    metadata = {"flywheel_fast": json.dumps(about)}
     save_file(network.state_dict(), tmp_path / "weights" / "model.safetensors", metadata)
     found = embedding.of_run(tmp_path)
     assert found.points.shape == (60, 2) and np.isfinite(found.points).all()

@@ -49,7 +49,7 @@ def test_digits_are_learnt_and_the_wrong_labels_found(tmp_path):
     files, columns = docs.split("## issues.csv")[0], docs.split("## metrics.csv")[1]
     for name in re.findall(r"^\| `([^`]+)` \|", files, re.M):
         on_request = ("bad_files.csv", "report.html", "embedding.npz", "review/", "reviews.csv", "export/")
-        on_request += ("tensorboard/", ".launcher")
+        on_request += ("tensorboard/", ".launcher", "features/", "labels/oddities.csv")
         assert (run / name).exists() or name in on_request, name
     header = list(rows(run)[0])
     assert header[:8] == (
