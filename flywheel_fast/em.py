@@ -11,6 +11,7 @@ from flywheel_fast import ops
 from flywheel_fast.distributed import Group
 
 SUREST = 0.3  # of a class's samples, that its noise is read from
+STRENGTHS = [2.0**k for k in range(-1, 13)]  # pseudo-counts that `shrunk` tries
 RATES = (1e-3, 1 - 1e-6)  # a gamma beyond them would never come back
 PIECE = 1 << 16  # samples at a time, where all are at hand
 MIN_CLASS_MASS = 1e-6  # of the mean prediction; keeps the alignment weight of a dying class finite
@@ -28,6 +29,25 @@ def kept_posterior(
     found.scatter_(1, suggested_label[:, None], suggested_prob[:, None])
     found.scatter_(1, labels[:, None], clean_prob[:, None])
     return found / found.sum(dim=1, keepdim=True)  # two classes: nothing is left for the others
+
+
+def shrunk(counts: Tensor, common: Tensor) -> Tensor:
+    """Shares [R, K] from counts [R, K] float64, each row drawn towards its row of `common` [R, K], shares too, by as
+    many pseudo-counts as make the counts likeliest: many where rows are alike, few where each has its own way.
+
+    Empirical Bayes: rows are drawn from a Dirichlet distribution around `common`, whose strength maximises the
+    Dirichlet-multinomial likelihood (Minka 2000, "Estimating a Dirichlet distribution").
+    """
+    there = counts > 0
+    found, prior, total = counts[there], common[there], counts.sum(dim=1)
+
+    def likelihood(strength: float) -> float:
+        cells = torch.lgamma(found + strength * prior) - torch.lgamma(strength * prior)
+        rows = torch.lgamma(total + strength) - math.lgamma(strength)
+        return (cells.sum() - rows.sum()).item()
+
+    strength = max(STRENGTHS, key=likelihood)
+    return (counts + strength * common) / (total + strength)[:, None]
 
 
 @dataclass(frozen=True)
@@ -170,7 +190,8 @@ class EMState:
         Where a network is surest, its class is as good as the truth (the anchors of Patrini et al. 2017, "Making Deep
         Neural Networks Robust to Label Noise: a Loss Correction Approach"); that labels are counted there, as in the
         confident joint of Northcutt et al. 2021, "Confident Learning", spares the question how sure a network ought
-        to be. What people have decided is left out.
+        to be. Of small classes they are few: the share of right labels is drawn towards that of all classes, the wrong
+        ones towards an even spread, as far as classes are alike (`shrunk`). What people have decided is left out.
         """
         c, device = self.num_classes, self.labels.device
         free = self.reviews.free.nonzero()[:, 0] if self.reviews else torch.arange(len(self.labels), device=device)
@@ -184,8 +205,13 @@ class EMState:
             labels = torch.cat([labels, self.labels[index].expand(c, -1)], dim=1).gather(1, best)
         counted = torch.arange(labels.shape[1], device=device) < counts[:, None]
         pairs = (torch.arange(c, device=device)[:, None] * c + labels)[counted]
-        shares = torch.bincount(pairs, minlength=c * c).view(c, c).double() + 0.5 / c
-        return shares / shares.sum(dim=1, keepdim=True)
+        seen = torch.bincount(pairs, minlength=c * c).view(c, c).double()
+        even = (1 - torch.eye(c, dtype=torch.float64, device=device)) / (c - 1)
+        right, wrong = seen.diagonal(), seen * (even > 0)
+        rates = torch.stack([right, wrong.sum(dim=1)], dim=1)  # [C, 2]
+        common = (rates.sum(dim=0) + 0.5) / (rates.sum() + 1)
+        rates = shrunk(rates, common.expand(c, 2))
+        return rates[:, 0].diag() + rates[:, 1:] * shrunk(wrong, even)
 
     def set_noise(self, transition: Tensor) -> None:
         """From P(observed j | true y) [C, C] float64, rows summing to 1: gamma_y is its diagonal, the rest T_c."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flywheel_fast import ops, reference
-from flywheel_fast.em import EMState, Expectation
+from flywheel_fast.em import EMState, Expectation, shrunk
 from flywheel_fast.learner import Learner, OptimConfig
 from flywheel_fast.losses import ntxent
 
@@ -161,6 +161,22 @@ def test_the_surest_samples_tell_class_dependent_noise(piece, monkeypatch):
     reviewed[torch.rand(len(labels), generator=torch.Generator().manual_seed(0)) < 0.5] = 0  # decided, if wrongly
     state.review(labels, reviewed)
     assert (state.transition() - transition).abs().sum(1).max() < 0.15
+
+
+def test_small_classes_are_drawn_towards_what_all_have_in_common():
+    """Few counts a row: where rows are alike the shares come out nearer to the truth, where they differ no further."""
+    rng = np.random.default_rng(0)
+    even = torch.full((10, 10), 0.1, dtype=torch.float64)
+    own = torch.from_numpy(rng.dirichlet(np.full(10, 0.1), size=10))
+    for truth, gain in ((even, 0.3), (own, 1.05)):
+        counts = torch.from_numpy(np.stack([rng.multinomial(12, row) for row in truth.numpy()])).double()
+        found = shrunk(counts, even)
+        assert torch.allclose(found.sum(dim=1), torch.ones(10, dtype=torch.float64))
+        plain = counts / counts.sum(dim=1, keepdim=True)
+        assert (found - truth).abs().sum() < gain * (plain - truth).abs().sum()
+    many = torch.from_numpy(np.stack([rng.multinomial(10_000, row) for row in own.numpy()])).double()
+    assert (shrunk(many, even) - many / 10_000).abs().max() < 1e-3
+    assert torch.equal(shrunk(torch.zeros(2, 3).double(), even[:2, :3] / 0.3), even[:2, :3] / 0.3)  # nothing is known
 
 
 def test_noise_that_is_set_gives_each_class_its_own_prior():
