@@ -108,7 +108,8 @@ TEXT = """# Embedding mode over the number of samples
 
 `python -m benchmarks.scaling`: made-up features of {width} dimensions and {classes} classes, a quarter of the labels
 wrong, {folds} folds, {cycles} cycles after a warm-up of {warmup} epochs, {threads} threads. `EM`: share of the E-steps
-and of the resampling, of the time; `peak`: resident memory, mapped pages of the features included. cleanlab's route:
+and of the resampling, of the time; `peak`: resident memory, of which the features' file, 2 KB a sample, are pages that
+the system takes back when it wants them. cleanlab's route:
 logistic regression in {folds} folds, then find_label_issues. AP: average precision of finding the wrong labels.
 
 {table}
