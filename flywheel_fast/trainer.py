@@ -248,11 +248,10 @@ class Trainer:
         checkpoint.write_atomic(self.out / "config.yaml", self.config_text.encode())
         checkpoint.write_atomic(self.out / "env.json", json.dumps(env.describe(), indent=2).encode())
         test = " and ".join(f"{len(part):,}" for part in self.test_sets.values()) or "none"
+        about = f"{len(train_set.labels):,} images of {len(train_set.classes)} classes to train on, {test} to test on"
         where = f"{self.device.type}, {'bf16' if self.cycle.main.bf16 else 'fp32'}, {torch.get_num_threads()} threads"
         where += f" in each of {self.group.world} processes" if self.group.world > 1 else ""
-        self.screen.say(
-            f"{len(train_set.labels):,} images of {len(train_set.classes)} classes to train on, {test} to test on; {where}"
-        )
+        self.screen.say(f"{about}; {where}")
         kept = (f"{name} {loader.kept}" for name, loader in [("train", self.loader), *self.measures.loaders.items()])
         self.screen.say(f"images: {'; '.join(kept)} ({self.memory.terms})")
         if self.loader.reader == "torchvision":
