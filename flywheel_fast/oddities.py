@@ -94,7 +94,7 @@ def neighbours(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
     none = np.empty((0, k), np.float32), np.empty((0, k), np.int64)
     if n > EXACT:
         if not find_spec("faiss"):
-            return *none, f"outliers and near-duplicates were not looked for: {n:,} images take `pip install faiss-cpu`"
+            return *none, f"outliers and near-duplicates are left out: {n:,} images take the extra faiss (faiss-cpu)"
         return *_by_faiss(features, k), ""
     unit = _unit(features)
     cosines, neighbours = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
