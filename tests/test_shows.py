@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import shutil
 import tarfile
 from collections import Counter
 
@@ -17,8 +18,7 @@ from flywheel_fast.data.sources import DataConfig, load
 def photos(outside_data, tmp_path_factory):
     """620 photographs of clothing as class folders, as a table, as tar shards: source -> data.root."""
     base = tmp_path_factory.mktemp("photos")
-    with tarfile.open(outside_data / "clothing-photos.tar") as tar:
-        tar.extractall(base / "folder", filter="data")
+    shutil.unpack_archive(outside_data / "clothing-photos.tar", base / "folder")
     files = sorted(path for path in (base / "folder").rglob("*.jp*g") if path.parent.parent.name in ("train", "test"))
     with open(base / "folder" / "table.csv", "w", newline="") as file:
         writer = csv.writer(file)

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import tarfile
 import time
 from pathlib import Path
 
@@ -225,8 +224,7 @@ def test_two_strong_views_and_soft_targets_run(tmp_path):
 @pytest.fixture(scope="module")
 def cifar(outside_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cifar")
-    with tarfile.open(outside_data / "cifar10-jpeg.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(outside_data / "cifar10-jpeg.tar.xz", folder)
     return folder
 
 
