@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
-from flywheel_fast import audit, cli, config, models, run_folder
+from flywheel_fast import audit, cli, config, folder_audit, models, run_folder
 from flywheel_fast.data import sources
 from flywheel_fast.embed import embed
 from flywheel_fast.errors import BadInput
@@ -268,6 +268,15 @@ def test_an_audit_of_nothing_is_refused_and_leaves_nothing(tmp_path, weights, ca
     (tmp_path / "empty").mkdir()
     assert "empty" in said(capsys, *audited(tmp_path / "empty", weights, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_of_many_pictures_an_audit_takes_larger_batches_and_fewer_epochs():
+    few, many = (
+        config.load(Config, folder_audit.LEARNT, ["data.features=FEATURES", *folder_audit._pace(count)])
+        for count in (620, 50_000)
+    )
+    assert few == config.load(Config, folder_audit.LEARNT, ["data.features=FEATURES"])
+    assert many.optim.batch_size == 500 and many.optim.epochs < few.optim.epochs
 
 
 @pytest.fixture
