@@ -27,12 +27,12 @@ from benchmarks.growth import exponent, peak_gb
 from flywheel_fast import audit, env
 from flywheel_fast import config as configs
 from flywheel_fast.checkpoint import write_atomic
+from flywheel_fast.folder_audit import large_batches
 from flywheel_fast.measures import PHASES
 from flywheel_fast.trainer import Config, Trainer
 
 WIDTH, CLASSES, VIEWS, FOLDS, WARMUP, CYCLES = 512, 14, 2, 5, 5, 10
 WRONG = 0.25  # share of the labels
-BATCHES, LARGEST = 100, 1024  # of an epoch, and samples of a batch, at most
 COUNTS, RIVAL = (10_000, 100_000, 1_000_000), 100_000
 FIELDS = (
     *("n", "seconds", *(f"sec_{phase}" for phase in PHASES), "peak_gb", "gamma", "clean", "ap"),
@@ -64,12 +64,8 @@ def ours(n: int, folder: Path, threads: int) -> dict:
     """A run of `flywheel-fast train embeddings`, without its report."""
     torch.set_num_threads(threads)
     words = [f"data.features={folder / 'features.npy'}", f"data.root={folder / 'labels.parquet'}", "data.holdout=0"]
-    words += [
-        f"cycle.warmup={WARMUP}",
-        f"optim.epochs={WARMUP + CYCLES - 1}",
-        f"optim.batch_size={min(n // BATCHES, LARGEST)}",
-    ]
-    words += [f"model.folds={FOLDS}", "optim.lr=0.05", "eval_every=1000000"]
+    words += [*large_batches(n), f"cycle.warmup={WARMUP}", f"optim.epochs={WARMUP + CYCLES - 1}"]
+    words += [f"model.folds={FOLDS}", "eval_every=1000000"]
     out = folder / "run"
     out.mkdir()
     start = time.perf_counter()

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 import torch
 
 from flywheel_fast import config as configs
 from flywheel_fast import report, run_folder
-from flywheel_fast.audit import Labels, read_labels
+from flywheel_fast.audit import Labels, read_labels, read_samples
 from flywheel_fast.data.sources import cache
 from flywheel_fast.em import kept_posterior
 from flywheel_fast.errors import BadInput
@@ -46,7 +45,7 @@ class Run:
         label_score: 0 to 1, lower is worse. All columns: docs/run_folder.md.
         """
         self.labels  # noqa: B018  (says what is amiss, where there is none)
-        return pa.parquet.read_table(self.folder / "labels" / "samples.parquet")
+        return read_samples(self.folder / "labels")
 
     @cached_property
     def labels(self) -> Labels:

@@ -223,10 +223,15 @@ def _write_csv(table: pa.Table, path: Path) -> None:
     write_atomic(path, content.getbuffer())
 
 
+def read_samples(folder: Path) -> pa.Table:
+    """samples.parquet, by this thread alone: pyarrow's own have been seen to abort a process that ends."""
+    return pa.parquet.ParquetFile(BytesIO((folder / "samples.parquet").read_bytes())).read(use_threads=False)
+
+
 def read_labels(folder: Path) -> Labels:
     """What `write_labels` wrote into `folder`. Raises BadInput where it is absent or something else."""
     try:
-        table = pa.parquet.ParquetFile(BytesIO((folder / "samples.parquet").read_bytes())).read(use_threads=False)
+        table = read_samples(folder)
         origin = json.loads(table.schema.metadata[b"flywheel_fast"])
         with open(folder / "corruption.csv", newline="", encoding="utf-8") as file:
             shares = [[float(share or 0) for share in row[1:]] for row in list(csv.reader(file))[1:]]

@@ -43,4 +43,9 @@ def _pace(count: int) -> list[str]:
     """Of `count` pictures: what `embeddings` says for some hundreds; of many, larger batches and fewer epochs."""
     if count < MANY:
         return []
-    return [f"optim.batch_size={min(count // 100, 1024)}", "optim.lr=0.05", "cycle.warmup=5", "optim.epochs=15"]
+    return [*large_batches(count), "cycle.warmup=5", "optim.epochs=15"]
+
+
+def large_batches(count: int) -> list[str]:
+    """A hundred batches of `count` samples or more, and a learning rate for them."""
+    return [f"optim.batch_size={min(count // 100, 1024)}", "optim.lr=0.05"]

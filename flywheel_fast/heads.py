@@ -28,7 +28,7 @@ class Heads(nn.Module):
     B is S, or a multiple of it where there are several views of each sample, one after the other.
     """
 
-    knows_samples = True  # what `Learner` passes on
+    knows_samples = True  # so that `Learner` says whose features it passes
 
     def __init__(self, mean: Tensor, std: Tensor, num_classes: int, hidden: int, folds: Tensor | None):
         """mean, std [D] of the features; folds [N] int64 of the samples, None: one head, which sees all labels."""

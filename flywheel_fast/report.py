@@ -336,11 +336,14 @@ def _odd(run: Run) -> list[dict]:
     kinds = []
     for kind, title in ODD.items():
         of_kind = [one for one in found if one.kind == kind]
-        if kind == "near-duplicate":  # each pair once
-            of_kind = list({frozenset((one.file_name, one.detail)): one for one in reversed(of_kind)}.values())[::-1]
-        tiles = []
+        paired, tiles = kind == "near-duplicate", []
+        if paired:  # each pair once
+            first: dict[frozenset[str], oddities.Oddity] = {}
+            for one in of_kind:
+                first.setdefault(frozenset((one.file_name, one.detail)), one)
+            of_kind = list(first.values())
         for one in of_kind[:ODD_PICTURES]:
-            files = [one.file_name, one.detail] if kind == "near-duplicate" else [one.file_name]
+            files = [one.file_name, one.detail] if paired else [one.file_name]
             pictures = [(file, _thumbnail(run.labels.root / file)) for file in files]
             tiles.append({"pictures": pictures, "given": one.given_label, "detail": one.detail})
         if tiles:

@@ -32,7 +32,7 @@ class FeatureLoader(Loader):
         everything = np.arange(len(manifest))
         self.used = everything if manifest.reviewed is None else everything[manifest.reviewed != DROPPED]
         self.rows = features.rows(manifest)  # [n] int64, of each sample
-        self.sweep_batch, self.reader, self.images = SWEEP_BATCH, "features", None
+        self.sweep_batch, self.reader = SWEEP_BATCH, "features"
         _, views, width = features.array.shape
         self.kept = f"features of {width} dimensions, {views} views, {size_text(features.array.nbytes)} on disk"
 
