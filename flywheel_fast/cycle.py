@@ -37,8 +37,9 @@ class CycleConfig:
     target: Literal["argmax_f", "soft_q"] = "argmax_f"
     """Target of the main network: the teacher's class (the paper's), which is blind to the observed label, where
     networks can memorise the training set; the soft posterior where they cannot."""
-    teacher: Literal["both", "aux"] = "both"
-    """Whose word the posterior follows: the auxiliary network's (the paper's), or the mean of both networks'."""
+    teacher: Literal["both", "aux", "main_alone", "aux_alone"] = "both"
+    """Whose word the posterior follows: the auxiliary network's (the paper's), or the mean of both networks'. For
+    ablations: main_alone, aux_alone, one network says both which labels are right and what the others should be."""
     noise_model: Literal["em", "anchors"] = "anchors"
     """gamma and T_c: em, one gamma, both from the posterior of all samples (the paper's); anchors, a gamma for each
     class, both from the labels of the samples of which the teacher is surest. Estimated anew in every cycle."""
@@ -212,8 +213,10 @@ class Cycle:
                 main = self.main.predict(clean, self.main.looked, index)
                 aux = self.aux.predict(clean, self.aux.looked, index)
             with self.clock("em"):
-                teacher = self.state.teach(index, main, aux, self.config.teacher == "both")
                 self.state.agree[index] = main.argmax(dim=1) == aux.argmax(dim=1)
+                if self.config.teacher in ("main_alone", "aux_alone"):
+                    main = aux = main if self.config.teacher == "main_alone" else aux
+                teacher = self.state.teach(index, main, aux, self.config.teacher == "both")
                 own[index] = True
                 if use:
                     use(index, main, teacher)

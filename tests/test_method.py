@@ -216,6 +216,26 @@ def test_targets_of_the_main_network():
         assert loss.item() == pytest.approx(-(q * student.double().log_softmax(1)).sum(1).mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize(("teacher", "unheard"), [("main_alone", "aux"), ("aux_alone", "main"), ("both", None)])
+def test_a_network_that_is_alone_is_the_only_one_heard(teacher, unheard):
+    noisy = toy.make("pair", 0.4)
+    _, _, cycle = toy.run(noisy, epochs=2, warmup=1, noise_model="em", teacher=teacher)
+    begun = {name: value.clone() for name, value in cycle.state.state_dict().items()}
+
+    def found_with(silenced: str | None) -> torch.Tensor:
+        cycle.state.load_state_dict({name: value.clone() for name, value in begun.items()})
+        learner = cycle.learners().get(silenced)
+        if learner:
+            learner.predict, heard = lambda images, *_: torch.zeros(len(images), toy.C), learner.predict
+        cycle.esteps(noisy)
+        if learner:
+            learner.predict = heard
+        return torch.stack([cycle.state.clean_prob, cycle.state.suggested_prob, cycle.state.resampled_label.float()])
+
+    for silenced in ("main", "aux"):
+        assert torch.equal(found_with(silenced), found_with(None)) == (silenced == unheard)
+
+
 def test_the_cycle_with_anchors_recovers_gamma_on_the_toy():
     noisy = toy.make("pair", 0.4)
     accuracy, gamma, _ = toy.run(noisy, ema=0.98)
