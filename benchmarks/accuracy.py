@@ -1,6 +1,6 @@
 """Trains a queue of (task x noise x method x seed), keeps a row a run, and writes the table of means and deviations.
 
-    python -m benchmarks.accuracy benchmarks/plans/final.yaml [--jobs N]
+    python -m benchmarks.accuracy benchmarks/plans/accuracy.yaml [--jobs N]
 
 A plan names tasks (a config, its noises, its seeds) and methods (changes to the config). Every task also runs
 cross_entropy on the labels as they are: gap closed = (accuracy - noisy CE) / (clean CE - noisy CE).
@@ -303,7 +303,7 @@ def run_plan(args: argparse.Namespace) -> None:
     for run in runs:
         row = find_row(rows, run)
         found.setdefault((run.task, run.noise, run.method), {}).update({run.seed: row} if row else {})
-    path = args.csv.with_name(f"{args.csv.stem}_{args.plan.stem}.md")
+    path = args.csv.with_name(f"{args.plan.stem}.md")
     write_atomic(path, table(args.plan, found).encode())
     console.print(f"table: {path}")
     if failed:

@@ -65,17 +65,17 @@ def test_each_run_has_its_row(smoke):
     for name in ("gamma", "selection_auroc", "selection_ap", "refurbish_acc", "posterior_acc"):
         assert float(flywheel[name]) == measured[name]
     assert int(flywheel["merged"]) == len(measured["merged"])
-    text = (folder / "rows_smoke.md").read_text()
+    text = (folder / "smoke.md").read_text()
     assert f"| digits | small_cnn, 200 | sym40 | {float(clean['test_acc_main']):.4f} (1) |" in text
 
 
 def test_a_second_call_trains_nothing(smoke, capsys):
     folder, _ = smoke
     before = (folder / "rows.csv").read_bytes()
-    (folder / "rows_smoke.md").unlink()
+    (folder / "smoke.md").unlink()
     assert call(PLANS / "smoke.yaml", folder, "--jobs", "1") == 0  # threads do not matter
     assert "3 runs, 3 of them done" in capsys.readouterr().out
-    assert (folder / "rows.csv").read_bytes() == before and (folder / "rows_smoke.md").exists()
+    assert (folder / "rows.csv").read_bytes() == before and (folder / "smoke.md").exists()
 
 
 def test_the_printed_command_gives_the_same_numbers(smoke, capsys, tmp_path):
@@ -112,7 +112,7 @@ def test_a_broken_run_is_reported_and_the_others_are_done(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "1 of 2 runs failed" in said and "broken/none/cross_entropy/0: flywheel-fast: data.root nowhere" in said
     assert list(rows_in(tmp_path)) == ["whole/none/cross_entropy/0"]
-    table = (tmp_path / "rows_plan.md").read_text()
+    table = (tmp_path / "plan.md").read_text()
     assert "| whole | small_cnn, 20 | none |" in table and "Not measured yet: broken/none." in table
 
     small_plan(tmp_path, tasks={"whole": whole | {"overrides": ["optim.lr=0.1"]}})
@@ -193,7 +193,7 @@ def test_gap_closed_and_deviations_on_made_up_rows(tmp_path):
             row = names | value | {"network": "net", "images": 1347, "merged": 0, "command": run.command(3)}
             accuracy.append(tmp_path / "rows.csv", row)
     assert call(plan, tmp_path, "--table") == 0
-    text = (tmp_path / "rows_plan.md").read_text()
+    text = (tmp_path / "plan.md").read_text()
     # of seeds 0 and 1: (.82 - .51) / (.91 - .51) = .775
     sym = "| digits | net, 1,347 | sym | 0.9200 ± 0.0200 (3) | 0.5400 ± 0.0529 (3) | 0.8200 ± 0.0283 (2), 78% |"
     assert sym in text
