@@ -4,6 +4,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 CE, CLEAN = "cross_entropy", "none"  # the method and the noise that every task has
+WIDE = 4  # methods beside each other
 SMALL_GAP = 0.01  # between clean and noisy cross-entropy: a share of less says nothing
 Found = dict[tuple[str, str, str], dict[int, dict]]  # (task, noise, method) -> seed -> row
 
@@ -11,8 +12,8 @@ TEXT = """# Accuracy: {name}
 
 Test accuracy at the last epoch, mean ± standard deviation (number of seeds), of the network that is used at test time:
 the auxiliary one, or the only one of plain cross-entropy (CE); then the gap closed, (accuracy − CE noisy) / (CE clean −
-CE noisy), of means over the seeds that all three have. None is given where the gap is under {gap}. Nothing is chosen on
-the test set; the best epoch is shown, not used.
+CE noisy), of means over the seeds that all three have. None is given where the gap is under {gap}. The best epoch is shown,
+not used.
 
 {head}
 {missing}
@@ -77,6 +78,8 @@ def table(plan: Path, found: Found) -> str:
         shares = [_share(found, task, noise, method) for method in others]
         cells = [cell + f", {share}" * (share != "–") for cell, share in zip(cells, shares, strict=True)]
         head.append((task, what, noise, _spread(clean, accuracy), _spread(noisy, accuracy), *cells))
+    if len(others) > WIDE:  # of ablations: a line a method
+        head = list(zip(*head, strict=True))
     body = [("task", "noise", "method", "gap closed", *COLUMNS)]
     for (task, noise, method), of_seed in found.items():
         if rows := list(of_seed.values()):
