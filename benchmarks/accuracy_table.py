@@ -12,8 +12,8 @@ TEXT = """# Accuracy: {name}
 
 Test accuracy at the last epoch, mean ± standard deviation (number of seeds), of the network that is used at test time:
 the auxiliary one, or the only one of plain cross-entropy (CE); then the gap closed, (accuracy − CE noisy) / (CE clean −
-CE noisy), of means over the seeds that all three have. None is given where the gap is under {gap}. The best epoch is shown,
-not used.
+CE noisy), of means over the seeds that all three have. None is given where the gap is under {gap}. The best epoch is
+shown, not used.
 
 {head}
 {missing}
