@@ -177,7 +177,7 @@ def test_no_plan_and_rows_of_another_version(tmp_path, capsys):
 # -- arithmetic --------------------------------------------------------------------------------------------------------
 
 
-def test_gap_closed_and_deviations_on_made_up_rows(tmp_path):
+def test_gap_closed_and_deviations_on_made_up_rows(tmp_path, monkeypatch):
     methods = {"cross_entropy": ["cycle.kind=cross_entropy"], "flywheel": []}
     task = {"config": "digits", "seeds": [0, 1, 2], "noises": {"sym": ["data.noise.rate=0.5"]}}
     plan = small_plan(tmp_path, methods=methods, tasks={"digits": task})
@@ -202,6 +202,10 @@ def test_gap_closed_and_deviations_on_made_up_rows(tmp_path):
         in text
     )
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(accuracy_table, "WIDE", 0)  # as where methods are many: a line each
+    assert call(plan, tmp_path, "--table") == 0
+    text = (tmp_path / "plan.md").read_text()
+    assert "| noise | none | sym |\n" in text and "| flywheel | – | 0.8200 ± 0.0283 (2), 78% |\n" in text
 
 
 def test_no_share_of_a_gap_that_is_none():
