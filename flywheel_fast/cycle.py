@@ -20,7 +20,9 @@ from torch.nn import functional as F
 from flywheel_fast.distributed import ALONE, Group
 from flywheel_fast.em import EMState, Expectation
 from flywheel_fast.learner import Learner
-from flywheel_fast.losses import ntxent
+from flywheel_fast.losses import ntxent, observed_loss
+
+BY_HEART = 0.5  # log-odds; with more of a leak (`em.leak_of`) labels are known by heart
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,11 @@ class CycleConfig:
     and the first E-steps start from its clean_prob, gamma and T_c."""
     posterior: Literal["mixture", "joint"] = "mixture"
     """Target of the auxiliary network: w onehot + (1-w) r, or f times (w onehot + (1-w) T_c), normalised."""
-    target: Literal["argmax_f", "soft_q"] = "argmax_f"
-    """Target of the main network: the teacher's class (the paper's), which is blind to the observed label, where
-    networks can memorise the training set; the soft posterior where they cannot."""
+    target: Literal["auto", "observed", "argmax_f", "soft_q"] = "auto"
+    """What the networks learn in the cycles. observed: both the observed labels, each as far as it is clean (w).
+    argmax_f: the auxiliary one the posterior, the main one the teacher's class, which is blind to the observed label
+    (the paper's). soft_q: both the posterior. auto: argmax_f where labels are known by heart when the warm-up ends,
+    else observed; soft_q where predictions are out of fold (model.folds)."""
     teacher: Literal["both", "aux", "main_alone", "aux_alone"] = "both"
     """Whose word the posterior follows: the auxiliary network's (the paper's), or the mean of both networks'. For
     ablations: main_alone, aux_alone, one network says both which labels are right and what the others should be."""
@@ -105,6 +109,9 @@ class Cycle:
         self.clock = Clock()
         # told how many images a batch had, and whether all processes have now come equally far; may raise
         self.on_batch: Callable[[int, bool], None] = lambda images, together: None
+        self.out_of_fold = getattr(main.network, "folds", None) is not None
+        if config.kind == "flywheel" and config.target == "auto" and not self.out_of_fold:
+            state.hold_out()
         self.batch = 0  # training batches of the epoch under way that are done; all: the E-steps, from their start
         self.losses: dict[str, list[Tensor]] = {}  # name -> [] of each step of the last epoch
 
@@ -123,13 +130,15 @@ class Cycle:
                 self.state.infer_teacher()
             elif self.batch < len(loader):
                 self.recall(loader)
-            self.msteps(loader, epoch)
+            self.msteps(loader, epoch, self.target())
         if self.expecting(epoch):
             if self.finding_noise(epoch):
                 self.look(loader)
                 with self.clock("em"):
                     self.state.find_noise(self.config.posterior)
             self.esteps(loader)
+            if epoch + 1 == self.config.warmup:
+                self.state.by_heart |= self.state.leak > BY_HEART
         self.batch = 0
 
     def blind(self, epoch: int) -> bool:
@@ -156,34 +165,38 @@ class Cycle:
     def main_alone(self, loader, epoch: int) -> None:
         for index, (weak,) in self._training(loader, epoch, ("weak",)):
             with self.clock("train"):
-                loss = _cross_entropy(self.main.forward(weak, index), self.state.labels[index])
-                self._step("main", self.main, loss, index)
+                logits, labels = self.main.forward(weak, index), self.state.labels[index]
+                loss = F.cross_entropy(logits, labels.repeat(len(logits) // len(labels)))
+                self._step("main", self.main, loss, len(index))
 
     def warm_up(self, loader, epoch: int) -> None:
         """Both networks learn the observed labels."""
         for index, (weak, strong) in self._training(loader, epoch, ("weak", "strong")):
-            labels = self.state.labels[index]
             with self.clock("train"):
-                self._step("main", self.main, _cross_entropy(self.main.forward(weak, index), labels), index)
-                logits = self.aux.forward(torch.cat([weak, strong]), index)
-                self._step("aux", self.aux, _cross_entropy(logits, labels), index)
+                self._learn("main", index, self.main.forward(weak, index), "observed")
+                self._learn("aux", index, self.aux.forward(torch.cat([weak, strong]), index), "observed")
 
-    def msteps(self, loader, epoch: int) -> None:
-        """Steps 3 and 4: f learns q on a weak and a strong view, g its target under the confidence regulariser."""
+    def msteps(self, loader, epoch: int, target: str) -> None:
+        """Steps 3 and 4: f learns from a weak and a strong view, g from the weak one under its regulariser."""
         config, contrastive = self.config, self.config.contrastive > 0
         views = ("weak", "strong") + ("strong2",) * contrastive
         for index, augmented in self._training(loader, epoch, views):
             with self.clock("train"):
                 output = self.aux.forward(torch.cat(augmented), index, project=contrastive)
                 logits, embeddings = output if contrastive else (output, None)
-                loss = self.state.loss(index, logits, "soft_q", config.posterior)
+                alike = 0.0
                 if contrastive:
                     _, first, second = embeddings.chunk(3)
-                    loss = loss + config.contrastive * ntxent(first, second, config.temperature)
-                self._step("aux", self.aux, loss, index)
+                    alike = config.contrastive * ntxent(first, second, config.temperature)
+                self._learn("aux", index, logits, "soft_q" if target == "argmax_f" else target, more=alike)
                 logits = self.main.forward(augmented[0], index)
-                loss = self.state.loss(index, logits, config.target, config.posterior, config.confidence, config.delta)
-                self._step("main", self.main, loss, index)
+                self._learn("main", index, logits, target, config.confidence)
+
+    def target(self) -> str:
+        """What the main network learns in this cycle; the auxiliary one learns the posterior where it is argmax_f."""
+        if self.config.target != "auto":
+            return self.config.target
+        return "soft_q" if self.out_of_fold else "argmax_f" if self.state.by_heart else "observed"
 
     def esteps(self, loader) -> None:
         """Steps 1 and 2: w_i by Bayes' rule from g, gamma and eps_i; q_i from w_i, the teacher and T_c; the refurbished
@@ -256,13 +269,22 @@ class Cycle:
             self.batch += 1
             self.on_batch(len(index) * len(images), True)
 
-    def _step(self, name: str, learner: Learner, loss: Tensor, index: Tensor) -> None:
-        """loss []: the mean over the samples `index` [B]."""
-        loss = loss * self.group.share(len(index))
+    def _learn(
+        self, name: str, index: Tensor, logits: Tensor, target: str, confidence: float = 0.0, more: Tensor | float = 0.0
+    ) -> None:
+        """A step of a network from its logits [V * B, C], V views of the samples `index` [B]; `more` [] loss."""
+        config, state = self.config, self.state
+        if target == "observed":
+            weights = state.clean_prob[index]  # [B]
+            if name == "main" and state.learned is not None:
+                weights = weights * state.learned[index]
+            loss, count = observed_loss(logits, state.labels[index], weights, confidence, config.delta), weights.sum()
+        else:
+            loss, count = state.loss(index, logits, target, config.posterior, confidence, config.delta), len(index)
+        self._step(name, self.learners()[name], loss + more, count)
+
+    def _step(self, name: str, learner: Learner, loss: Tensor, count: Tensor | int) -> None:
+        """loss []: the mean over so many samples."""
+        loss = loss * self.group.share(count)
         learner.step(loss)
         self.losses.setdefault(name, []).append(loss.detach())
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of logits [V * B, C], V blocks of the samples with `labels` [B]."""
-    return F.cross_entropy(logits, labels.repeat(len(logits) // len(labels)))

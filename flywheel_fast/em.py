@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ SUREST = 0.3  # of a class's samples, that its noise is read from
 STRENGTHS = [2.0**k for k in range(-1, 13)]  # pseudo-counts that `shrunk` tries
 RATES = (1e-3, 1 - 1e-6)  # a gamma beyond them would never come back
 PIECE = 1 << 16  # samples at a time, where all are at hand
+HELD_OUT = 0.1  # of the labels: not learned by the main network, so that they tell what is known of the others by heart
 MIN_CLASS_MASS = 1e-6  # of the mean prediction; keeps the alignment weight of a dying class finite
 
 
@@ -50,6 +52,20 @@ def shrunk(counts: Tensor, common: Tensor) -> Tensor:
     return (counts + strength * common) / (total + strength)[:, None]
 
 
+def leak_of(log_odds: Tensor, learned: Tensor) -> float:
+    """What must be taken from the log-odds [N] of the labels that were learned, `learned` [N] bool, from all the same,
+    so that they are as probable on average as those that were not; 0 where there are none of either."""
+    seen, unseen = log_odds[learned], log_odds[~learned]
+    if not len(seen) or not len(unseen):
+        return 0.0
+    wanted, low, high = unseen.sigmoid().mean(dtype=torch.float64), -16.0, 16.0
+    for _ in range(24):
+        middle = (low + high) / 2
+        too_likely = (seen - middle).sigmoid().mean(dtype=torch.float64) > wanted
+        low, high = (middle, high) if too_likely else (low, middle)
+    return middle
+
+
 @dataclass(frozen=True)
 class Reviews:
     """What people decided, as the E-steps use it."""
@@ -77,8 +93,11 @@ class EMState:
     corruption: Tensor  # [C, C] float32  T_c(y, j), diagonal zero, times (1 - gamma_y) / (1 - gamma_j)
     align: Tensor  # [C] float32          observed class share over mean prediction; ones before the first look
     posterior_sum: Tensor  # [C, C] float64   sum of q(y) by observed label j: T_full before it is normalised
+    leak: Tensor  # [] float64            log-odds that labels have of having been learned, where some are held out
+    by_heart: Tensor  # [] bool           the leak was great when the warm-up ended; it is not measured any more then
     # not kept in a checkpoint: these come with the data, and with the first look or from the rest
     reviews: Reviews | None = None
+    learned: Tensor | None = None  # [N] bool  labels that the main network learns; None: all
     teacher: Tensor | None = None  # [N, C] logits that the posterior follows from, in the networks' own type
 
     @classmethod
@@ -100,7 +119,14 @@ class EMState:
             corruption=off_diagonal.t() / max(num_classes - 1, 1),
             align=torch.ones(num_classes, device=device),
             posterior_sum=torch.zeros(num_classes, num_classes, dtype=torch.float64, device=device),
+            leak=torch.zeros((), dtype=torch.float64, device=device),
+            by_heart=torch.zeros((), dtype=torch.bool, device=device),
         )
+
+    def hold_out(self) -> None:
+        """Keeps the labels of some samples from the main network: a pure function of their number."""
+        chance = np.random.default_rng(0).random(len(self.labels))
+        self.learned = torch.from_numpy(chance >= HELD_OUT).to(self.labels.device)
 
     @property
     def num_classes(self) -> int:
@@ -143,6 +169,7 @@ class EMState:
         self.clean_prob, self.suggested_label, self.suggested_prob = clean_prob, suggested_label, suggested_prob
         self.resampled_label = suggested_label.clone()
         self.gamma = clean_prob.mean(dtype=torch.float64)
+        self.by_heart = torch.ones_like(self.by_heart)  # the posterior is there to learn, as it is then
         self.set_noise(transition)
         for index in self._pieces():
             self.eps[index] = (self._kept(index) * self.corruption.t()[self.labels[index]]).sum(dim=1)
@@ -288,7 +315,7 @@ class EMState:
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
-        kept = [field.name for field in fields(self) if field.name not in ("reviews", "teacher")]
+        kept = [field.name for field in fields(self) if field.name not in ("reviews", "learned", "teacher")]
         return {name: getattr(self, name) for name in kept}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -306,26 +333,34 @@ class Expectation:
         self.state, self.kind = state, kind
         names = ("clean_prob", "resampled_label", "suggested_label", "suggested_prob", "eps")
         self.found = {name: getattr(state, name).clone() for name in names}  # each [N]
+        self.leaking = state.learned is not None and not state.by_heart
+        self.log_odds = torch.full_like(state.eps, torch.nan)  # [N] of the observed label, by the main network
         self.own = torch.zeros_like(state.agree)  # [N]: added here, not by another process
         self.sums = ops.AuxEStep.empty(0, state.num_classes, state.labels.device)
         # the op knows one gamma for all: the odds of each label's own go to its eps
         self.gamma = torch.full_like(state.gamma, 0.5)
         self.odds = ((1 - state.clean_rate) / state.clean_rate).float()
+        self.leak = torch.stack([torch.zeros_like(state.leak), state.leak]).exp().float()  # [2], of the look before
 
     def add(self, index: Tensor, main: Tensor, teacher: Tensor) -> None:
         """The samples `index` [B] with the main network's and the teacher's logits [B, C]."""
         state, labels = self.state, self.state.labels[index]
         eps = state.eps[index] * self.odds[labels]
+        if self.leaking:  # labels that were learned are that much likelier by the main network
+            eps = eps * self.leak[state.learned[index].long()]
         out = torch.empty_like(eps), torch.zeros_like(self.gamma), self.sums.of_others(len(index))
         found = ops.em_step(main, teacher, labels, self.gamma, eps, state.corruption, state.align, self.kind, out)
         clean_prob, _, step = found
         for name, values in self.found.items():
             values[index] = clean_prob if name == "clean_prob" else getattr(step, name)
+        if self.leaking:
+            likely = main.float().log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
+            self.log_odds[index] = likely - (-likely.expm1()).clamp_min(1e-30).log()
         self.own[index] = True
 
     def unite(self, group: Group) -> None:
         """With what the other processes have added."""
-        group.union(self.own, list(self.found.values()))
+        group.union(self.own, [*self.found.values(), self.log_odds])
         group.sum(self.sums[4:])
 
     def finish(self, aligned: bool, smoothing: float | None) -> None:
@@ -348,6 +383,9 @@ class Expectation:
             state.corruption = (counts / counts.sum(dim=1, keepdim=True).clamp_min(1e-300)).float()
         else:
             state.set_noise(state.transition())
+        if self.leaking:
+            known = self.log_odds.isfinite()  # all but those that were dropped
+            state.leak.fill_(leak_of(self.log_odds[known], state.learned[known]))
         state.posterior_sum = self.sums.posterior_sum
         suspected = (state.clean_prob < 0.5) & (state.suggested_label != state.labels)
         state.suspicion = (state.suspicion << 1) | suspected

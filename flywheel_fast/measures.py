@@ -26,6 +26,7 @@ MEASURES = (
         "imagenet_acc_main",
         "imagenet_acc_aux",
         "reviewed",
+        "leak",
     ),
     *(f"{test}_top5_{name}" for test in ("test", "imagenet") for name in ("main", "aux")),
 )
@@ -84,6 +85,8 @@ class Measures:
                 alive = cycle.state.num_classes - len(cycle.state.merged_classes())
                 gamma = self.given_clean_prob().mean(dtype=torch.float64).item()  # of all, decided ones too
                 row |= {"gamma": gamma, "classes_alive": alive, "agreement": cycle.state.agreement}
+                if cycle.state.learned is not None:
+                    row["leak"] = cycle.state.leak.item()
                 if true is not None and np.isfinite(gamma):
                     row |= self._quality(true)
         return row

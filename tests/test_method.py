@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flywheel_fast import ops, reference
-from flywheel_fast.em import EMState, Expectation, shrunk
+from flywheel_fast.em import EMState, Expectation, leak_of, shrunk
 from flywheel_fast.learner import Learner, OptimConfig
-from flywheel_fast.losses import ntxent
+from flywheel_fast.losses import ntxent, observed_loss
 
 NOISES = [("symmetric", 0.5), ("symmetric", 0.8), ("pair", 0.4), ("instance", 0.4), ("asym", 0.4)]
 
@@ -216,6 +216,53 @@ def test_targets_of_the_main_network():
         assert loss.item() == pytest.approx(-(q * student.double().log_softmax(1)).sum(1).mean().item(), rel=1e-5)
 
 
+def test_observed_labels_are_learned_as_far_as_they_are_clean():
+    _, labels, logits = noisy_posteriors(50)
+    weights = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    g = logits.double().softmax(1)
+    each = -g.gather(1, labels[:, None])[:, 0].log() + 0.1 * (g + 1e-3).log().mean(1)
+    found = observed_loss(torch.cat([logits, logits]), labels, weights, 0.1, 1e-3)
+    assert found.item() == pytest.approx(((weights * each).sum() / weights.sum()).item(), rel=1e-5)
+    assert observed_loss(logits, labels, torch.zeros(50), 0.1, 1e-3) == 0
+
+
+def test_the_leak_is_what_learned_labels_have_over_the_others():
+    log_odds = torch.randn(40_000, generator=torch.Generator().manual_seed(0)) * 2
+    learned = torch.arange(40_000) % 4 > 0
+    assert leak_of(log_odds + 0.7 * learned, learned) == pytest.approx(0.7, abs=0.08)
+    assert leak_of(log_odds, torch.ones_like(learned)) == 0
+
+
+def test_the_main_network_learns_no_label_that_is_held_out():
+    noisy = toy.make("pair", 0.4)
+    others = dataclasses.replace(noisy, labels=noisy.labels.copy())
+    _, _, cycle = toy.run(noisy, epochs=2, warmup=2)
+    held_out = ~cycle.state.learned.numpy()
+    assert abs(held_out.mean() - 0.1) < 0.02
+    others.labels[held_out] = 0
+    _, _, with_others = toy.run(others, epochs=2, warmup=2)
+    for name, alike in (("main", True), ("aux", False)):
+        states = [run.learners()[name].network.state_dict().values() for run in (cycle, with_others)]
+        assert all(map(torch.equal, *states)) == alike
+
+
+@pytest.mark.parametrize("warmup", [6, 24])
+def test_labels_that_are_known_by_heart_when_the_warm_up_ends_are_not_learned_any_more(warmup):
+    noisy = toy.make("symmetric", 0.5)
+    _, _, cycle = toy.run(noisy, epochs=warmup, warmup=warmup)
+    assert cycle.state.by_heart == (warmup == 24)
+    assert cycle.target() == ("argmax_f" if warmup == 24 else "observed")
+
+
+def test_what_the_leak_is_taken_from_keeps_gamma_from_running_away(monkeypatch):
+    noisy = toy.make("symmetric", 0.5)
+    accuracy, gamma, _ = toy.run(noisy)
+    monkeypatch.setattr("flywheel_fast.em.leak_of", lambda log_odds, learned: 0.0)
+    without, run_away, _ = toy.run(noisy)
+    truth = np.mean(noisy.true == noisy.labels)
+    assert accuracy > without + 0.03 and abs(gamma - truth) < 0.6 * abs(run_away - truth)
+
+
 @pytest.mark.parametrize(("teacher", "unheard"), [("main_alone", "aux"), ("aux_alone", "main"), ("both", None)])
 def test_a_network_that_is_alone_is_the_only_one_heard(teacher, unheard):
     noisy = toy.make("pair", 0.4)
@@ -305,7 +352,8 @@ def test_a_training_step_reads_nothing_from_the_device():
     _, _, cycle = toy.run(data, epochs=3, ema=0.9, warmup=2)
     cycle.main.total_steps = cycle.aux.total_steps = 10**6
     with Reads():
-        cycle.msteps(data, 3)
+        for target in ("observed", "argmax_f", "soft_q"):
+            cycle.msteps(data, 3, target)
         assert not read, read[0]
         bool(cycle.main.skipped_last)
     assert len(read) == 1  # which it would have noticed
@@ -322,7 +370,8 @@ def test_a_training_step_never_waits_for_the_gpu():
     loader = SimpleNamespace(epoch=lambda *given: iter(ready))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        cycle.msteps(loader, 3)
+        for target in ("observed", "argmax_f", "soft_q"):
+            cycle.msteps(loader, 3, target)
         with pytest.raises(RuntimeError, match="synchroniz"):
             bool(cycle.main.skipped_last)
     finally:
