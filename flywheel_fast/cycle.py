@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from flywheel_fast.distributed import ALONE, Group
 from flywheel_fast.em import EMState, Expectation
 from flywheel_fast.learner import Learner
-from flywheel_fast.losses import ntxent, observed_loss
+from flywheel_fast.losses import ntxent, told_loss
 
-BY_HEART = 0.5  # log-odds; with more of a leak (`em.leak_of`) labels are known by heart
+# log-odds; with more of a leak (`em.leak_of`) than this, as the warm-up ends, or this, later, labels are known by heart
+BY_HEART = (0.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class CycleConfig:
     and the first E-steps start from its clean_prob, gamma and T_c."""
     posterior: Literal["mixture", "joint"] = "mixture"
     """Target of the auxiliary network: w onehot + (1-w) r, or f times (w onehot + (1-w) T_c), normalised."""
-    target: Literal["auto", "observed", "argmax_f", "soft_q"] = "auto"
-    """What the networks learn in the cycles. observed: both the observed labels, each as far as it is clean (w).
-    argmax_f: the auxiliary one the posterior, the main one the teacher's class, which is blind to the observed label
-    (the paper's). soft_q: both the posterior. auto: argmax_f where labels are known by heart when the warm-up ends,
-    else observed; soft_q where predictions are out of fold (model.folds)."""
+    target: Literal["auto", "told", "argmax_f", "soft_q"] = "auto"
+    """What the networks learn in the cycles. told: both learn what the observed labels tell, the label as far as it is
+    clean and what it is the corruption of. argmax_f: the auxiliary one the posterior, the main one the teacher's class,
+    which is blind to the observed label (the paper's). soft_q: both the posterior. auto: told, argmax_f once labels are
+    known by heart; soft_q where predictions are out of fold (model.folds)."""
     teacher: Literal["both", "aux", "main_alone", "aux_alone"] = "both"
     """Whose word the posterior follows: the auxiliary network's (the paper's), or the mean of both networks'. For
     ablations: main_alone, aux_alone, one network says both which labels are right and what the others should be."""
@@ -137,8 +138,7 @@ class Cycle:
                 with self.clock("em"):
                     self.state.find_noise(self.config.posterior)
             self.esteps(loader)
-            if epoch + 1 == self.config.warmup:
-                self.state.by_heart |= self.state.leak > BY_HEART
+            self.state.by_heart |= self.state.leak > BY_HEART[epoch + 1 > self.config.warmup]
         self.batch = 0
 
     def blind(self, epoch: int) -> bool:
@@ -173,8 +173,8 @@ class Cycle:
         """Both networks learn the observed labels."""
         for index, (weak, strong) in self._training(loader, epoch, ("weak", "strong")):
             with self.clock("train"):
-                self._learn("main", index, self.main.forward(weak, index), "observed")
-                self._learn("aux", index, self.aux.forward(torch.cat([weak, strong]), index), "observed")
+                self._learn("main", index, self.main.forward(weak, index), "labels")
+                self._learn("aux", index, self.aux.forward(torch.cat([weak, strong]), index), "labels")
 
     def msteps(self, loader, epoch: int, target: str) -> None:
         """Steps 3 and 4: f learns from a weak and a strong view, g from the weak one under its regulariser."""
@@ -196,7 +196,7 @@ class Cycle:
         """What the main network learns in this cycle; the auxiliary one learns the posterior where it is argmax_f."""
         if self.config.target != "auto":
             return self.config.target
-        return "soft_q" if self.out_of_fold else "argmax_f" if self.state.by_heart else "observed"
+        return "soft_q" if self.out_of_fold else "argmax_f" if self.state.by_heart else "told"
 
     def esteps(self, loader) -> None:
         """Steps 1 and 2: w_i by Bayes' rule from g, gamma and eps_i; q_i from w_i, the teacher and T_c; the refurbished
@@ -274,11 +274,9 @@ class Cycle:
     ) -> None:
         """A step of a network from its logits [V * B, C], V views of the samples `index` [B]; `more` [] loss."""
         config, state = self.config, self.state
-        if target == "observed":
-            weights = state.clean_prob[index]  # [B]
-            if name == "main" and state.learned is not None:
-                weights = weights * state.learned[index]
-            loss, count = observed_loss(logits, state.labels[index], weights, confidence, config.delta), weights.sum()
+        if target in ("labels", "told"):
+            told = state.told(index, target == "told", everything=name == "aux")
+            loss, count = told_loss(logits, told, confidence, config.delta), told.sum()
         else:
             loss, count = state.loss(index, logits, target, config.posterior, confidence, config.delta), len(index)
         self._step(name, self.learners()[name], loss + more, count)

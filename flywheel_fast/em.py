@@ -78,7 +78,7 @@ class Reviews:
 
 @dataclass
 class EMState:
-    """N samples, C classes; 38 bytes a sample, and the teacher's logits."""
+    """N samples, C classes; 39 bytes a sample, and the teacher's logits."""
 
     labels: Tensor  # [N] int64           observed, or as reviewed; never overwritten by an estimate
     clean_prob: Tensor  # [N] float32     w: probability that the observed label is right
@@ -94,7 +94,7 @@ class EMState:
     align: Tensor  # [C] float32          observed class share over mean prediction; ones before the first look
     posterior_sum: Tensor  # [C, C] float64   sum of q(y) by observed label j: T_full before it is normalised
     leak: Tensor  # [] float64            log-odds that labels have of having been learned, where some are held out
-    by_heart: Tensor  # [] bool           the leak was great when the warm-up ended; it is not measured any more then
+    by_heart: Tensor  # [] bool           the leak was great; it is not measured any more then
     # not kept in a checkpoint: these come with the data, and with the first look or from the rest
     reviews: Reviews | None = None
     learned: Tensor | None = None  # [N] bool  labels that the main network learns; None: all
@@ -247,6 +247,24 @@ class EMState:
         wrong = (transition + 1e-9) * (1 - eye)  # [C, C]
         wrong = wrong / wrong.sum(dim=1, keepdim=True).clamp_min(1e-300)
         self.corruption = (wrong * (1 - self.clean_rate)[:, None] / (1 - self.clean_rate)).t().contiguous().t().float()
+
+    def told(self, index: Tensor, refurbished: bool, everything: bool) -> Tensor:
+        """What the labels of the samples `index` [B] tell of their classes [B, C]: w for the label itself and, where it
+        is `refurbished`, (1 - w) kappa r. kappa is the share of what there is to know that a wrong label of its kind
+        tells: 1 less the entropy of T_c's column for it over log(C - 1); r without it is the teacher's own word.
+        `everything`: of the labels that the main network does not learn, too.
+        """
+        labels, clean_prob, c = self.labels[index], self.clean_prob[index, None], self.num_classes
+        found = torch.zeros(len(index), c, device=labels.device)
+        if refurbished:
+            origin = self.corruption / self.corruption.sum(dim=0).clamp_min(1e-30)
+            kappa = (1 - torch.special.entr(origin).sum(dim=0) / math.log(max(c - 1, 2))).clamp_min(0)
+            r = ops.posterior(
+                self.teacher[index], labels, torch.zeros_like(clean_prob[:, 0]), self.corruption, "mixture"
+            )
+            found = (1 - clean_prob) * kappa[labels, None] * r
+        found = found.scatter_add(1, labels[:, None], clean_prob)
+        return found if everything or self.learned is None else found * self.learned[index, None]
 
     def loss(
         self, index: Tensor, logits: Tensor, target: str, kind: str, confidence: float = 0.0, delta: float = 1e-4

@@ -14,16 +14,16 @@ def ntxent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(similarity, partner)
 
 
-def observed_loss(logits: Tensor, labels: Tensor, weights: Tensor, confidence: float, delta: float) -> Tensor:
-    """Mean [] over samples, by `weights` [B], of -log g(label) + (confidence / C) sum_y log(g(y) + delta), g =
-    softmax(logits): the M-step of the main network on the objective, its confidence regulariser with it.
+def told_loss(logits: Tensor, told: Tensor, confidence: float, delta: float) -> Tensor:
+    """Mean [] of -sum_y q(y) log g(y) + (confidence / C) sum_y log(g(y) + delta), g = softmax(logits), over samples of
+    which more or less is told: q is a row of `told` [B, C] over its sum, by which the sample counts.
 
-    logits [V * B, C]: V views of B samples with labels [B]; row v * B + i of sample i. Zero where all weights are.
+    logits [V * B, C]: V views of B samples, row v * B + i of sample i. Zero where nothing is told of any.
     """
-    views = len(logits) // max(len(labels), 1)
     log_g = logits.float().log_softmax(dim=1)
-    loss = F.nll_loss(log_g, labels.repeat(views), reduction="none")  # [V * B]
+    told = told.repeat(len(logits) // max(len(told), 1), 1)
+    loss = -(told * log_g).sum(dim=1)  # [V * B]
+    weights = told.sum(dim=1)
     if confidence:
-        loss = loss + confidence * (log_g.exp() + delta).log().mean(dim=1)
-    weights = weights.repeat(views)
-    return (weights * loss).sum() / weights.sum().clamp_min(1e-12)
+        loss = loss + weights * confidence * (log_g.exp() + delta).log().mean(dim=1)
+    return loss.sum() / weights.sum().clamp_min(1e-12)
