@@ -111,6 +111,7 @@ class Cycle:
         # told how many images a batch had, and whether all processes have now come equally far; may raise
         self.on_batch: Callable[[int, bool], None] = lambda images, together: None
         self.out_of_fold = getattr(main.network, "folds", None) is not None
+        self.judge = "aux" if config.teacher == "aux_alone" else "main"  # by whom clean_prob is found
         if config.kind == "flywheel" and config.target == "auto" and not self.out_of_fold:
             state.hold_out()
         self.batch = 0  # training batches of the epoch under way that are done; all: the E-steps, from their start
@@ -275,7 +276,7 @@ class Cycle:
         """A step of a network from its logits [V * B, C], V views of the samples `index` [B]; `more` [] loss."""
         config, state = self.config, self.state
         if target in ("labels", "told"):
-            told = state.told(index, target == "told", everything=name == "aux")
+            told = state.told(index, target == "told", everything=name != self.judge)
             loss, count = told_loss(logits, told, confidence, config.delta), told.sum()
         else:
             loss, count = state.loss(index, logits, target, config.posterior, confidence, config.delta), len(index)

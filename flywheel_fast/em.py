@@ -15,7 +15,7 @@ SUREST = 0.3  # of a class's samples, that its noise is read from
 STRENGTHS = [2.0**k for k in range(-1, 13)]  # pseudo-counts that `shrunk` tries
 RATES = (1e-3, 1 - 1e-6)  # a gamma beyond them would never come back
 PIECE = 1 << 16  # samples at a time, where all are at hand
-HELD_OUT = 0.1  # of the labels: not learned by the main network, so that they tell what is known of the others by heart
+HELD_OUT = 0.1  # of the labels: not learned by the main network, to tell what it knows of the others by heart
 MIN_CLASS_MASS = 1e-6  # of the mean prediction; keeps the alignment weight of a dying class finite
 
 
@@ -54,16 +54,17 @@ def shrunk(counts: Tensor, common: Tensor) -> Tensor:
 
 def leak_of(log_odds: Tensor, learned: Tensor) -> float:
     """What must be taken from the log-odds [N] of the labels that were learned, `learned` [N] bool, from all the same,
-    so that they are as probable on average as those that were not; 0 where there are none of either."""
+    so that they are as probable on average as those that were not; nothing where these are likelier, or none of either are
+    there."""
     seen, unseen = log_odds[learned], log_odds[~learned]
     if not len(seen) or not len(unseen):
         return 0.0
-    wanted, low, high = unseen.sigmoid().mean(dtype=torch.float64), -16.0, 16.0
+    wanted, low, high = unseen.sigmoid().mean(dtype=torch.float64), 0.0, 16.0
     for _ in range(24):
         middle = (low + high) / 2
         too_likely = (seen - middle).sigmoid().mean(dtype=torch.float64) > wanted
         low, high = (middle, high) if too_likely else (low, middle)
-    return middle
+    return low
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class EMState:
         )
 
     def hold_out(self) -> None:
-        """Keeps the labels of some samples from the main network: a pure function of their number."""
+        """Chooses labels that the network by which w is found does not learn: a pure function of their number."""
         chance = np.random.default_rng(0).random(len(self.labels))
         self.learned = torch.from_numpy(chance >= HELD_OUT).to(self.labels.device)
 
@@ -252,7 +253,7 @@ class EMState:
         """What the labels of the samples `index` [B] tell of their classes [B, C]: w for the label itself and, where it
         is `refurbished`, (1 - w) kappa r. kappa is the share of what there is to know that a wrong label of its kind
         tells: 1 less the entropy of T_c's column for it over log(C - 1); r without it is the teacher's own word.
-        `everything`: of the labels that the main network does not learn, too.
+        `everything`: of the labels that are held out, too.
         """
         labels, clean_prob, c = self.labels[index], self.clean_prob[index, None], self.num_classes
         found = torch.zeros(len(index), c, device=labels.device)
