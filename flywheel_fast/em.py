@@ -54,8 +54,7 @@ def shrunk(counts: Tensor, common: Tensor) -> Tensor:
 
 def leak_of(log_odds: Tensor, learned: Tensor) -> float:
     """What must be taken from the log-odds [N] of the labels that were learned, `learned` [N] bool, from all the same,
-    so that they are as probable on average as those that were not; nothing where these are likelier, or none of either are
-    there."""
+    so that they are as probable on average as those that were not; at least 0, also where there are none of either."""
     seen, unseen = log_odds[learned], log_odds[~learned]
     if not len(seen) or not len(unseen):
         return 0.0
