@@ -263,16 +263,15 @@ def test_the_main_network_learns_no_label_that_is_held_out():
         assert all(map(torch.equal, *states)) == alike
 
 
-@pytest.mark.parametrize(("warmup", "cycles", "known"), [(6, 1, False), (24, 1, True), (6, 30, True)])
-def test_labels_that_are_known_by_heart_are_not_learned_any_more(warmup, cycles, known):
-    _, _, cycle = toy.run(toy.make("symmetric", 0.8), epochs=warmup + cycles - 1, warmup=warmup)
-    assert cycle.state.by_heart == known
-    assert cycle.target() == ("argmax_f" if known else "told")
+@pytest.mark.parametrize(("cycles", "known"), [(1, False), (30, True)])
+def test_labels_that_are_known_by_heart_are_not_learned_any_more(cycles, known):
+    _, _, cycle = toy.run(toy.make("symmetric", 0.8), epochs=5 + cycles)
+    assert cycle.state.by_heart == known and cycle.target() == ("argmax_f" if known else "told")
 
 
 def test_taking_the_leak_away_keeps_gamma_from_running_away(monkeypatch):
     noisy = toy.make("symmetric", 0.5)
-    monkeypatch.setattr("flywheel_fast.cycle.BY_HEART", (9.0, 9.0))
+    monkeypatch.setattr("flywheel_fast.cycle.BY_HEART", 9.0)
     accuracy, gamma, _ = toy.run(noisy)
     monkeypatch.setattr("flywheel_fast.em.leak_of", lambda log_odds, learned: 0.0)
     without, run_away, _ = toy.run(noisy)
