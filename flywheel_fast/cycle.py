@@ -165,9 +165,7 @@ class Cycle:
     def main_alone(self, loader, epoch: int) -> None:
         for index, (weak,) in self._training(loader, epoch, ("weak",)):
             with self.clock("train"):
-                logits, labels = self.main.forward(weak, index), self.state.labels[index]
-                loss = F.cross_entropy(logits, labels.repeat(len(logits) // len(labels)))
-                self._step("main", self.main, loss, len(index))
+                self._learn("main", index, self.main.forward(weak, index), "labels")
 
     def warm_up(self, loader, epoch: int) -> None:
         """Both networks learn the observed labels."""
@@ -274,15 +272,15 @@ class Cycle:
     ) -> None:
         """A step of a network from its logits [V * B, C], V views of the samples `index` [B]; `more` [] loss."""
         config, state = self.config, self.state
-        if target in ("labels", "told"):
+        count: Tensor | int = len(index)  # that the loss is a mean of
+        if target == "labels" and state.learned is None:
+            loss = F.cross_entropy(logits, state.labels[index].repeat(len(logits) // len(index)))
+        elif target in ("labels", "told"):
             told = state.told(index, target == "told", everything=name != self.judge)
             loss, count = told_loss(logits, told, confidence, config.delta), told.sum()
         else:
-            loss, count = state.loss(index, logits, target, config.posterior, confidence, config.delta), len(index)
-        self._step(name, self.learners()[name], loss + more, count)
-
-    def _step(self, name: str, learner: Learner, loss: Tensor, count: Tensor | int) -> None:
-        """loss []: the mean over so many samples."""
-        loss = loss * self.group.share(count)
+            loss = state.loss(index, logits, target, config.posterior, confidence, config.delta)
+        loss = (loss + more) * self.group.share(count)
+        learner = self.learners()[name]
         learner.step(loss)
         self.losses.setdefault(name, []).append(loss.detach())
