@@ -49,12 +49,13 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 def poisoned(monkeypatch, steps) -> None:
     """The main network's loss is NaN in these steps."""
-    step = cycle.Cycle._step
+    learn = cycle.Cycle._learn
 
-    def poison(self, name, learner, loss, index):
-        step(self, name, learner, loss * float("nan") if name == "main" and learner.steps in steps else loss, index)
+    def poison(self, name, index, logits, *args, **more):
+        bad = name == "main" and self.main.steps in steps
+        learn(self, name, index, logits * float("nan") if bad else logits, *args, **more)
 
-    monkeypatch.setattr(cycle.Cycle, "_step", poison)
+    monkeypatch.setattr(cycle.Cycle, "_learn", poison)
 
 
 def test_a_bad_step_is_left_out_and_told_and_the_clock_may_jump(tmp_path, monkeypatch):
