@@ -177,6 +177,7 @@ class Cycle:
     def msteps(self, loader, epoch: int, target: str) -> None:
         """Steps 3 and 4: f learns from a weak and a strong view, g from the weak one under its regulariser."""
         config, contrastive = self.config, self.config.contrastive > 0
+        kappa = self.state.kappa() if target == "told" else None  # the same in all steps of a cycle
         views = ("weak", "strong") + ("strong2",) * contrastive
         for index, augmented in self._training(loader, epoch, views):
             with self.clock("train"):
@@ -186,9 +187,9 @@ class Cycle:
                 if contrastive:
                     _, first, second = embeddings.chunk(3)
                     alike = config.contrastive * ntxent(first, second, config.temperature)
-                self._learn("aux", index, logits, "soft_q" if target == "argmax_f" else target, more=alike)
+                self._learn("aux", index, logits, "soft_q" if target == "argmax_f" else target, kappa, more=alike)
                 logits = self.main.forward(augmented[0], index)
-                self._learn("main", index, logits, target, config.confidence)
+                self._learn("main", index, logits, target, kappa, config.confidence)
 
     def target(self) -> str:
         """What the main network learns in this cycle; the auxiliary one learns the posterior where it is argmax_f."""
@@ -268,7 +269,14 @@ class Cycle:
             self.on_batch(len(index) * len(images), True)
 
     def _learn(
-        self, name: str, index: Tensor, logits: Tensor, target: str, confidence: float = 0.0, more: Tensor | float = 0.0
+        self,
+        name: str,
+        index: Tensor,
+        logits: Tensor,
+        target: str,
+        kappa: Tensor | None = None,
+        confidence: float = 0.0,
+        more: Tensor | float = 0.0,
     ) -> None:
         """A step of a network from its logits [V * B, C], V views of the samples `index` [B]; `more` [] loss."""
         config, state = self.config, self.state
@@ -276,7 +284,7 @@ class Cycle:
         if target == "labels" and state.learned is None:
             loss = F.cross_entropy(logits, state.labels[index].repeat(len(logits) // len(index)))
         elif target in ("labels", "told"):
-            told = state.told(index, target == "told", everything=name != self.judge)
+            told = state.told(index, kappa, everything=name != self.judge)
             loss, count = told_loss(logits, told, confidence, config.delta), told.sum()
         else:
             loss = state.loss(index, logits, target, config.posterior, confidence, config.delta)

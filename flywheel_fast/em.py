@@ -248,17 +248,20 @@ class EMState:
         wrong = wrong / wrong.sum(dim=1, keepdim=True).clamp_min(1e-300)
         self.corruption = (wrong * (1 - self.clean_rate)[:, None] / (1 - self.clean_rate)).t().contiguous().t().float()
 
-    def told(self, index: Tensor, refurbished: bool, everything: bool) -> Tensor:
-        """What the labels of the samples `index` [B] tell of their classes [B, C]: w for the label itself and, where it
-        is `refurbished`, (1 - w) kappa r. kappa is the share of what there is to know that a wrong label of its kind
-        tells: 1 less the entropy of T_c's column for it over log(C - 1); r without it is the teacher's own word.
-        `everything`: of the labels that are held out, too.
+    def kappa(self) -> Tensor:
+        """The share of what there is to know that a wrong label of each kind tells of the true class [C]: 1 less the
+        entropy of T_c's column for it over log(C - 1)."""
+        origin = self.corruption / self.corruption.sum(dim=0).clamp_min(1e-30)
+        return (1 - torch.special.entr(origin).sum(dim=0) / math.log(max(self.num_classes - 1, 2))).clamp_min(0)
+
+    def told(self, index: Tensor, kappa: Tensor | None, everything: bool) -> Tensor:
+        """What the labels of the samples `index` [B] tell of their classes [B, C]: w for the label itself and, where
+        `kappa` is given, (1 - w) kappa r; r without it is the teacher's own word. `everything`: of the labels that are
+        held out, too.
         """
-        labels, clean_prob, c = self.labels[index], self.clean_prob[index, None], self.num_classes
-        found = torch.zeros(len(index), c, device=labels.device)
-        if refurbished:
-            origin = self.corruption / self.corruption.sum(dim=0).clamp_min(1e-30)
-            kappa = (1 - torch.special.entr(origin).sum(dim=0) / math.log(max(c - 1, 2))).clamp_min(0)
+        labels, clean_prob = self.labels[index], self.clean_prob[index, None]
+        found = torch.zeros(len(index), self.num_classes, device=labels.device)
+        if kappa is not None:
             r = ops.posterior(
                 self.teacher[index], labels, torch.zeros_like(clean_prob[:, 0]), self.corruption, "mixture"
             )
@@ -378,7 +381,7 @@ class Expectation:
 
     def unite(self, group: Group) -> None:
         """With what the other processes have added."""
-        group.union(self.own, [*self.found.values(), self.log_odds])
+        group.union(self.own, [*self.found.values(), *([self.log_odds] if self.leaking else [])])
         group.sum(self.sums[4:])
 
     def finish(self, aligned: bool, smoothing: float | None) -> None:

@@ -224,13 +224,13 @@ def test_what_labels_tell():
     state.clean_prob = w
     state.teach(index, logits, logits, both=True)
     label = torch.nn.functional.one_hot(labels, 4) * w[:, None]
-    torch.testing.assert_close(state.told(index, True, everything=True), label)
+    torch.testing.assert_close(state.told(index, state.kappa(), everything=True), label)
     state.set_noise(0.6 * torch.eye(4).double() + 0.4 * torch.eye(4).double().roll(1, 1))
     before = torch.nn.functional.one_hot((labels - 1) % 4, 4) * (1 - w)[:, None]
-    torch.testing.assert_close(state.told(index, True, everything=True), label + before, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(state.told(index, False, everything=True), label)
+    torch.testing.assert_close(state.told(index, state.kappa(), everything=True), label + before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state.told(index, None, everything=True), label)
     state.learned = index < 20
-    assert torch.equal(state.told(index, False, everything=False), label * (index < 20)[:, None])
+    assert torch.equal(state.told(index, None, everything=False), label * (index < 20)[:, None])
 
 
 def test_the_loss_of_what_is_told():
