@@ -22,7 +22,9 @@ from flywheel_fast.em import EMState, Expectation
 from flywheel_fast.learner import Learner
 from flywheel_fast.losses import ntxent, told_loss
 
-BY_HEART = 2.0  # log-odds; with more of a leak (`em.leak_of`) labels are known by heart
+# Labels are known by heart where those that contradict draw a network further than this share of the way
+# (`em.memory_of`), or where those that it has learned have greater log-odds (`em.leak_of`).
+MEMORY, LEAK = 0.25, 2.0
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Cycle:
                 with self.clock("em"):
                     self.state.find_noise(self.config.posterior)
             self.esteps(loader)
-            self.state.by_heart |= self.state.leak > BY_HEART
+            self.state.by_heart |= (self.state.memory > MEMORY) | (self.state.leak > LEAK)
         self.batch = 0
 
     def blind(self, epoch: int) -> bool:
@@ -210,15 +212,15 @@ class Cycle:
         if self.state.teacher is None:
             self._sweep(loader)
 
-    def look(self, loader, use: Callable[[Tensor, Tensor, Tensor], None] | None = None) -> None:
+    def look(self, loader, use: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None) -> None:
         """Both networks on the clean view of every sample: the teacher's logits are kept; `use` is given the samples
-        [B], the main network's and the teacher's logits [B, C]."""
+        [B], and the logits [B, C] of the network by which w is found, of the other one, and of the teacher."""
         self.main.look()
         self.aux.look()
-        self.state.teacher = None  # that of an earlier run has served
+        self.state.speak(self.target() == "told")
         self._sweep(loader, use)
 
-    def _sweep(self, loader, use: Callable[[Tensor, Tensor, Tensor], None] | None = None) -> None:
+    def _sweep(self, loader, use: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None) -> None:
         own = torch.zeros_like(self.state.agree)  # [N]
         for index, (clean,) in self.clock.waiting(loader.sweep()):
             with self.clock("infer"):
@@ -226,12 +228,12 @@ class Cycle:
                 aux = self.aux.predict(clean, self.aux.looked, index)
             with self.clock("em"):
                 self.state.agree[index] = main.argmax(dim=1) == aux.argmax(dim=1)
-                if self.config.teacher in ("main_alone", "aux_alone"):
-                    main = aux = main if self.config.teacher == "main_alone" else aux
-                teacher = self.state.teach(index, main, aux, self.config.teacher == "both")
+                judge, other = (main, aux) if self.judge == "main" else (aux, main)
+                says = main if self.config.teacher == "main_alone" else aux
+                teacher = self.state.teach(index, main, says, self.config.teacher == "both")
                 own[index] = True
                 if use:
-                    use(index, main, teacher)
+                    use(index, judge, other, teacher)
             self.on_batch(len(index), self.group.world == 1)
         self.group.union(own, [self.state.teacher, self.state.agree])
 

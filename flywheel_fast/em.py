@@ -16,6 +16,8 @@ STRENGTHS = [2.0**k for k in range(-1, 13)]  # pseudo-counts that `shrunk` tries
 RATES = (1e-3, 1 - 1e-6)  # a gamma beyond them would never come back
 PIECE = 1 << 16  # samples at a time, where all are at hand
 HELD_OUT = 0.1  # of the labels: not learned by the main network, to tell what it knows of the others by heart
+CONTRADICTING = 8  # labels that contradict the network that did not learn them; fewer do not tell of its memory
+UNMIXING = 5  # steps from the shares of the observed labels to those of the classes; more magnify what is noise
 MIN_CLASS_MASS = 1e-6  # of the mean prediction; keeps the alignment weight of a dying class finite
 
 
@@ -66,6 +68,20 @@ def leak_of(log_odds: Tensor, learned: Tensor) -> float:
     return low
 
 
+def memory_of(drawn: Tensor, way: Tensor, learned: Tensor) -> float:
+    """How far a network that learns a label which contradicts another network is drawn to it, as a share of the way.
+
+    Of each label: way [N], its log-probability below that of the other network's class, and drawn [N], how much more
+    probable, in logarithms, it is by the one that learned all; learned [N] bool, whether the other one learned it too,
+    when the labels cannot account for the difference. At least 0, also where too few of either contradict.
+    """
+    against = way > 0
+    seen, unseen = against & learned, against & ~learned
+    if min(seen.sum(), unseen.sum()) < CONTRADICTING:
+        return 0.0
+    return max(0.0, ((drawn[unseen].mean() - drawn[seen].mean()) / way[unseen].mean()).item())
+
+
 @dataclass(frozen=True)
 class Reviews:
     """What people decided, as the E-steps use it."""
@@ -91,10 +107,12 @@ class EMState:
     gamma: Tensor  # [] float64           mean of w: share of clean labels
     clean_rate: Tensor  # [C] float64     gamma_y, prior probability that a label of true class y is clean
     corruption: Tensor  # [C, C] float32  T_c(y, j), diagonal zero, times (1 - gamma_y) / (1 - gamma_j)
-    align: Tensor  # [C] float32          observed class share over mean prediction; ones before the first look
+    align: Tensor  # [C] float32          weights of the classes by `realign`; ones before the first look
+    spoken: Tensor  # [C] float32         weights of the classes in what the networks said at the last look, or ones
     posterior_sum: Tensor  # [C, C] float64   sum of q(y) by observed label j: T_full before it is normalised
     leak: Tensor  # [] float64            log-odds that labels have of having been learned, where some are held out
-    by_heart: Tensor  # [] bool           the leak was great; it is not measured any more then
+    memory: Tensor  # [] float64          how far a label that contradicts draws a network that learns it, there too
+    by_heart: Tensor  # [] bool           memory was great; neither is measured any more then
     # not kept in a checkpoint: these come with the data, and with the first look or from the rest
     reviews: Reviews | None = None
     learned: Tensor | None = None  # [N] bool  labels that the main network learns; None: all
@@ -118,8 +136,10 @@ class EMState:
             clean_rate=torch.full((num_classes,), gamma, dtype=torch.float64, device=device),
             corruption=off_diagonal.t() / max(num_classes - 1, 1),
             align=torch.ones(num_classes, device=device),
+            spoken=torch.ones(num_classes, device=device),
             posterior_sum=torch.zeros(num_classes, num_classes, dtype=torch.float64, device=device),
             leak=torch.zeros((), dtype=torch.float64, device=device),
+            memory=torch.zeros((), dtype=torch.float64, device=device),
             by_heart=torch.zeros((), dtype=torch.bool, device=device),
         )
 
@@ -197,11 +217,37 @@ class EMState:
 
         The teacher is the auxiliary network, or the geometric mean of both networks' probabilities.
         """
-        logits = (main + aux) / 2 if both else aux
+        logits = self.say((main + aux) / 2 if both else aux)
         if self.teacher is None:
             self.teacher = logits.new_zeros(len(self.labels), self.num_classes)
         self.teacher[index] = logits
         return logits
+
+    def speak(self, aligned: bool) -> None:
+        """Before a look: whether all that the networks say is aligned, or the resampled labels alone."""
+        self.teacher = None  # that of the last look, or of an earlier run, has served
+        self.spoken = self.align.clone() if aligned else torch.ones_like(self.align)
+
+    def say(self, logits: Tensor) -> Tensor:
+        """What a network says, of its logits [B, C]: with the weights of the classes."""
+        return logits + self.spoken.log().to(logits.dtype)
+
+    def realign(self, said: Tensor) -> None:
+        """Weights with which the classes have their shares in what the networks say of all samples; with the present
+        ones their sums are `said` [C].
+
+        Distribution alignment (Berthelot et al. 2020, "ReMixMatch", arXiv 1911.09785, section 3.1), to the shares of
+        the true classes: those of the observed labels, unmixed by P(observed | true) in a few steps of EM (Richardson
+        1972, Lucy 1974). These undo it where a class is called another one's name, and leave what labels hardly tell,
+        the shares of two classes that are called each other's, as it was observed.
+        """
+        labels = self.labels[self.reviews.used] if self.reviews else self.labels
+        observed = torch.bincount(labels, minlength=self.num_classes).double() / len(labels)
+        seen = self.clean_rate.diag() + self.corruption * (1 - self.clean_rate)  # P(observed j | true y)
+        shares = observed
+        for _ in range(UNMIXING):
+            shares = shares * (seen @ (observed / (shares @ seen).clamp_min(1e-12)))
+        self.align = (self.spoken * shares / (said / len(labels)).clamp_min(MIN_CLASS_MASS)).float()
 
     def find_noise(self, kind: str) -> None:
         """gamma by class, T_c, and eps with them, before the first E-step."""
@@ -355,33 +401,42 @@ class Expectation:
         names = ("clean_prob", "resampled_label", "suggested_label", "suggested_prob", "eps")
         self.found = {name: getattr(state, name).clone() for name in names}  # each [N]
         self.leaking = state.learned is not None and not state.by_heart
-        self.log_odds = torch.full_like(state.eps, torch.nan)  # [N] of the observed label, by the main network
+        # of the observed label, each [N]: its log-odds by the main network; its log-probability below that of the main
+        # network's class; by the auxiliary network above that by the main one
+        self.log_odds, self.way, self.drawn = (torch.full_like(state.eps, torch.nan) for _ in range(3))
         self.own = torch.zeros_like(state.agree)  # [N]: added here, not by another process
         self.sums = ops.AuxEStep.empty(0, state.num_classes, state.labels.device)
         # the op knows one gamma for all: the odds of each label's own go to its eps
         self.gamma = torch.full_like(state.gamma, 0.5)
         self.odds = ((1 - state.clean_rate) / state.clean_rate).float()
+        self.align = state.align / state.spoken  # what is left to align of the resampled labels
         self.leak = torch.stack([torch.zeros_like(state.leak), state.leak]).exp().float()  # [2], of the look before
 
-    def add(self, index: Tensor, main: Tensor, teacher: Tensor) -> None:
-        """The samples `index` [B] with the main network's and the teacher's logits [B, C]."""
+    def add(self, index: Tensor, main: Tensor, aux: Tensor, teacher: Tensor) -> None:
+        """The samples `index` [B] with the logits [B, C] of the network by which w is found, of the other one, and of
+        the teacher."""
         state, labels = self.state, self.state.labels[index]
         eps = state.eps[index] * self.odds[labels]
         if self.leaking:  # labels that were learned are that much likelier by the main network
             eps = eps * self.leak[state.learned[index].long()]
         out = torch.empty_like(eps), torch.zeros_like(self.gamma), self.sums.of_others(len(index))
-        found = ops.em_step(main, teacher, labels, self.gamma, eps, state.corruption, state.align, self.kind, out)
+        main = state.say(main)
+        found = ops.em_step(main, teacher, labels, self.gamma, eps, state.corruption, self.align, self.kind, out)
         clean_prob, _, step = found
         for name, values in self.found.items():
             values[index] = clean_prob if name == "clean_prob" else getattr(step, name)
         if self.leaking:
-            likely = main.float().log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
+            by_main, by_aux = (logits.float().log_softmax(dim=1) for logits in (main, state.say(aux)))
+            likely = by_main.gather(1, labels[:, None])[:, 0]
             self.log_odds[index] = likely - (-likely.expm1()).clamp_min(1e-30).log()
+            self.way[index] = by_main.max(dim=1).values - likely
+            self.drawn[index] = by_aux.gather(1, labels[:, None])[:, 0] - likely
         self.own[index] = True
 
     def unite(self, group: Group) -> None:
         """With what the other processes have added."""
-        group.union(self.own, [*self.found.values(), *([self.log_odds] if self.leaking else [])])
+        measured = [self.log_odds, self.way, self.drawn] if self.leaking else []
+        group.union(self.own, [*self.found.values(), *measured])
         group.sum(self.sums[4:])
 
     def finish(self, aligned: bool, smoothing: float | None) -> None:
@@ -407,11 +462,9 @@ class Expectation:
         if self.leaking:
             known = self.log_odds.isfinite()  # all but those that were dropped
             state.leak.fill_(leak_of(self.log_odds[known], state.learned[known]))
+            state.memory.fill_(memory_of(self.drawn[known], self.way[known], state.learned[known]))
         state.posterior_sum = self.sums.posterior_sum
         suspected = (state.clean_prob < 0.5) & (state.suggested_label != state.labels)
         state.suspicion = (state.suspicion << 1) | suspected
         if aligned:
-            labels = state.labels[reviews.used] if reviews else state.labels
-            observed = torch.bincount(labels, minlength=c) / len(labels)
-            predicted = self.sums.class_sum / len(labels)
-            state.align = (observed / predicted.clamp_min(MIN_CLASS_MASS)).float()
+            state.realign(self.sums.class_sum)
