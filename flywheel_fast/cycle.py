@@ -22,9 +22,7 @@ from flywheel_fast.em import EMState, Expectation
 from flywheel_fast.learner import Learner
 from flywheel_fast.losses import ntxent, told_loss
 
-# Labels are known by heart where those that contradict draw a network further than this share of the way
-# (`em.memory_of`), or where those that it has learned have greater log-odds (`em.leak_of`).
-MEMORY, LEAK = 0.25, 2.0
+BY_HEART = 2.0  # log-odds; with more of a leak (`em.leak_of`) labels are known by heart
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ class Cycle:
                 with self.clock("em"):
                     self.state.find_noise(self.config.posterior)
             self.esteps(loader)
-            self.state.by_heart |= (self.state.memory > MEMORY) | (self.state.leak > LEAK)
+            self.state.by_heart |= self.state.leak > BY_HEART
         self.batch = 0
 
     def blind(self, epoch: int) -> bool:

@@ -112,7 +112,7 @@ class EMState:
     posterior_sum: Tensor  # [C, C] float64   sum of q(y) by observed label j: T_full before it is normalised
     leak: Tensor  # [] float64            log-odds that labels have of having been learned, where some are held out
     memory: Tensor  # [] float64          how far a label that contradicts draws a network that learns it, there too
-    by_heart: Tensor  # [] bool           memory was great; neither is measured any more then
+    by_heart: Tensor  # [] bool           the leak was great; neither is measured any more then
     # not kept in a checkpoint: these come with the data, and with the first look or from the rest
     reviews: Reviews | None = None
     learned: Tensor | None = None  # [N] bool  labels that the main network learns; None: all
