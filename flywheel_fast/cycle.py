@@ -48,7 +48,8 @@ class CycleConfig:
     """gamma and T_c: em, one gamma, both from the posterior of all samples (the paper's); anchors, a gamma for each
     class, both from the labels of the samples of which the teacher is surest. Estimated anew in every cycle."""
     aligned: bool = True
-    """Keep the class shares of the resampled labels at those of the observed labels."""
+    """Keep the classes at their shares (`EMState.realign`): in the resampled labels and, under told, in all that the
+    networks say in the E-steps."""
     gamma: float = 0.5
     """Share of clean labels that the first cycle assumes."""
     confidence: float = 0.1
@@ -210,15 +211,15 @@ class Cycle:
         if self.state.teacher is None:
             self._sweep(loader)
 
-    def look(self, loader, use: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None) -> None:
+    def look(self, loader, use: Callable[[Tensor, Tensor, Tensor], None] | None = None) -> None:
         """Both networks on the clean view of every sample: the teacher's logits are kept; `use` is given the samples
-        [B], and the logits [B, C] of the network by which w is found, of the other one, and of the teacher."""
+        [B], and the logits [B, C] of the network by which w is found, and of the teacher."""
         self.main.look()
         self.aux.look()
         self.state.speak(self.target() == "told")
         self._sweep(loader, use)
 
-    def _sweep(self, loader, use: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None) -> None:
+    def _sweep(self, loader, use: Callable[[Tensor, Tensor, Tensor], None] | None = None) -> None:
         own = torch.zeros_like(self.state.agree)  # [N]
         for index, (clean,) in self.clock.waiting(loader.sweep()):
             with self.clock("infer"):
@@ -226,12 +227,12 @@ class Cycle:
                 aux = self.aux.predict(clean, self.aux.looked, index)
             with self.clock("em"):
                 self.state.agree[index] = main.argmax(dim=1) == aux.argmax(dim=1)
-                judge, other = (main, aux) if self.judge == "main" else (aux, main)
+                judge = main if self.judge == "main" else aux
                 says = main if self.config.teacher == "main_alone" else aux
                 teacher = self.state.teach(index, main, says, self.config.teacher == "both")
                 own[index] = True
                 if use:
-                    use(index, judge, other, teacher)
+                    use(index, judge, teacher)
             self.on_batch(len(index), self.group.world == 1)
         self.group.union(own, [self.state.teacher, self.state.agree])
 

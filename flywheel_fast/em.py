@@ -16,7 +16,6 @@ STRENGTHS = [2.0**k for k in range(-1, 13)]  # pseudo-counts that `shrunk` tries
 RATES = (1e-3, 1 - 1e-6)  # a gamma beyond them would never come back
 PIECE = 1 << 16  # samples at a time, where all are at hand
 HELD_OUT = 0.1  # of the labels: not learned by the main network, to tell what it knows of the others by heart
-CONTRADICTING = 8  # labels that contradict the network that did not learn them; fewer do not tell of its memory
 UNMIXING = 5  # steps from the shares of the observed labels to those of the classes; more magnify what is noise
 MIN_CLASS_MASS = 1e-6  # of the mean prediction; keeps the alignment weight of a dying class finite
 
@@ -68,20 +67,6 @@ def leak_of(log_odds: Tensor, learned: Tensor) -> float:
     return low
 
 
-def memory_of(drawn: Tensor, way: Tensor, learned: Tensor) -> float:
-    """How far a network that learns a label which contradicts another network is drawn to it, as a share of the way.
-
-    Of each label: way [N], its log-probability below that of the other network's class, and drawn [N], how much more
-    probable, in logarithms, it is by the one that learned all; learned [N] bool, whether the other one learned it too,
-    when the labels cannot account for the difference. At least 0, also where too few of either contradict.
-    """
-    against = way > 0
-    seen, unseen = against & learned, against & ~learned
-    if min(seen.sum(), unseen.sum()) < CONTRADICTING:
-        return 0.0
-    return max(0.0, ((drawn[unseen].mean() - drawn[seen].mean()) / way[unseen].mean()).item())
-
-
 @dataclass(frozen=True)
 class Reviews:
     """What people decided, as the E-steps use it."""
@@ -111,8 +96,7 @@ class EMState:
     spoken: Tensor  # [C] float32         weights of the classes in what the networks said at the last look, or ones
     posterior_sum: Tensor  # [C, C] float64   sum of q(y) by observed label j: T_full before it is normalised
     leak: Tensor  # [] float64            log-odds that labels have of having been learned, where some are held out
-    memory: Tensor  # [] float64          how far a label that contradicts draws a network that learns it, there too
-    by_heart: Tensor  # [] bool           the leak was great; neither is measured any more then
+    by_heart: Tensor  # [] bool           the leak was great; it is not measured any more then
     # not kept in a checkpoint: these come with the data, and with the first look or from the rest
     reviews: Reviews | None = None
     learned: Tensor | None = None  # [N] bool  labels that the main network learns; None: all
@@ -139,7 +123,6 @@ class EMState:
             spoken=torch.ones(num_classes, device=device),
             posterior_sum=torch.zeros(num_classes, num_classes, dtype=torch.float64, device=device),
             leak=torch.zeros((), dtype=torch.float64, device=device),
-            memory=torch.zeros((), dtype=torch.float64, device=device),
             by_heart=torch.zeros((), dtype=torch.bool, device=device),
         )
 
@@ -401,9 +384,7 @@ class Expectation:
         names = ("clean_prob", "resampled_label", "suggested_label", "suggested_prob", "eps")
         self.found = {name: getattr(state, name).clone() for name in names}  # each [N]
         self.leaking = state.learned is not None and not state.by_heart
-        # of the observed label, each [N]: its log-odds by the main network; its log-probability below that of the main
-        # network's class; by the auxiliary network above that by the main one
-        self.log_odds, self.way, self.drawn = (torch.full_like(state.eps, torch.nan) for _ in range(3))
+        self.log_odds = torch.full_like(state.eps, torch.nan)  # [N] of the observed label, by the main network
         self.own = torch.zeros_like(state.agree)  # [N]: added here, not by another process
         self.sums = ops.AuxEStep.empty(0, state.num_classes, state.labels.device)
         # the op knows one gamma for all: the odds of each label's own go to its eps
@@ -412,9 +393,8 @@ class Expectation:
         self.align = state.align / state.spoken  # what is left to align of the resampled labels
         self.leak = torch.stack([torch.zeros_like(state.leak), state.leak]).exp().float()  # [2], of the look before
 
-    def add(self, index: Tensor, main: Tensor, aux: Tensor, teacher: Tensor) -> None:
-        """The samples `index` [B] with the logits [B, C] of the network by which w is found, of the other one, and of
-        the teacher."""
+    def add(self, index: Tensor, main: Tensor, teacher: Tensor) -> None:
+        """The samples `index` [B] with the logits [B, C] of the network by which w is found, and of the teacher."""
         state, labels = self.state, self.state.labels[index]
         eps = state.eps[index] * self.odds[labels]
         if self.leaking:  # labels that were learned are that much likelier by the main network
@@ -426,17 +406,13 @@ class Expectation:
         for name, values in self.found.items():
             values[index] = clean_prob if name == "clean_prob" else getattr(step, name)
         if self.leaking:
-            by_main, by_aux = (logits.float().log_softmax(dim=1) for logits in (main, state.say(aux)))
-            likely = by_main.gather(1, labels[:, None])[:, 0]
+            likely = main.float().log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
             self.log_odds[index] = likely - (-likely.expm1()).clamp_min(1e-30).log()
-            self.way[index] = by_main.max(dim=1).values - likely
-            self.drawn[index] = by_aux.gather(1, labels[:, None])[:, 0] - likely
         self.own[index] = True
 
     def unite(self, group: Group) -> None:
         """With what the other processes have added."""
-        measured = [self.log_odds, self.way, self.drawn] if self.leaking else []
-        group.union(self.own, [*self.found.values(), *measured])
+        group.union(self.own, [*self.found.values(), *([self.log_odds] if self.leaking else [])])
         group.sum(self.sums[4:])
 
     def finish(self, aligned: bool, smoothing: float | None) -> None:
@@ -462,7 +438,6 @@ class Expectation:
         if self.leaking:
             known = self.log_odds.isfinite()  # all but those that were dropped
             state.leak.fill_(leak_of(self.log_odds[known], state.learned[known]))
-            state.memory.fill_(memory_of(self.drawn[known], self.way[known], state.learned[known]))
         state.posterior_sum = self.sums.posterior_sum
         suspected = (state.clean_prob < 0.5) & (state.suggested_label != state.labels)
         state.suspicion = (state.suspicion << 1) | suspected

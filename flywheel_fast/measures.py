@@ -27,7 +27,6 @@ MEASURES = (
         "imagenet_acc_aux",
         "reviewed",
         "leak",
-        "memory",
     ),
     *(f"{test}_top5_{name}" for test in ("test", "imagenet") for name in ("main", "aux")),
 )
@@ -87,7 +86,7 @@ class Measures:
                 gamma = self.given_clean_prob().mean(dtype=torch.float64).item()  # of all, decided ones too
                 row |= {"gamma": gamma, "classes_alive": alive, "agreement": cycle.state.agreement}
                 if cycle.state.learned is not None:
-                    row |= {name: getattr(cycle.state, name).item() for name in ("leak", "memory")}
+                    row["leak"] = cycle.state.leak.item()
                 if true is not None and np.isfinite(gamma):
                     row |= self._quality(true)
         return row

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flywheel_fast import ops, reference
-from flywheel_fast.em import EMState, Expectation, leak_of, memory_of, shrunk
+from flywheel_fast.em import EMState, Expectation, leak_of, shrunk
 from flywheel_fast.learner import Learner, OptimConfig
 from flywheel_fast.losses import ntxent, told_loss
 
@@ -122,7 +122,7 @@ def test_the_expectation_is_the_same_in_any_number_of_pieces_and_aligns():
         for _ in range(2):
             weights, expectation = state.align, Expectation(state, "mixture")
             for index in torch.randperm(100, generator=generator).chunk(pieces):
-                expectation.add(index, *[logits[index]] * 3)
+                expectation.add(index, logits[index], logits[index])
             expectation.finish(aligned=True, smoothing=1.0)
         states.append(state)
     for one, many in zip(states[0].state_dict().values(), states[1].state_dict().values(), strict=True):
@@ -203,10 +203,10 @@ def test_noise_that_is_set_gives_each_class_its_own_prior():
     state, index = EMState.start(labels, 4, 0.5), torch.arange(200)
     state.set_noise(transition)
     expectation = Expectation(state, "joint")
-    expectation.add(index, logits.flip(1), logits, logits)
+    expectation.add(index, logits.flip(1), logits)
     state.eps = expectation.found["eps"]
     expectation = Expectation(state, "joint")
-    expectation.add(index, logits.flip(1), logits, logits)
+    expectation.add(index, logits.flip(1), logits)
     f, g = logits.double().softmax(1), logits.flip(1).double().softmax(1)
     for i in range(200):
         j = labels[i]
@@ -266,16 +266,6 @@ def test_the_leak_is_what_learned_labels_have_over_the_others():
     learned = torch.arange(40_000) % 4 > 0
     assert leak_of(log_odds + 0.7 * learned, learned) == pytest.approx(0.7, abs=0.08)
     assert leak_of(log_odds - learned.float(), learned) == leak_of(log_odds, torch.ones_like(learned)) == 0
-
-
-def test_memory_is_how_far_labels_that_contradict_draw_a_network():
-    generator = torch.Generator().manual_seed(0)
-    way = torch.randn(40_000, generator=generator).clamp_min(0) * 2  # half of the labels contradict
-    learned = torch.arange(40_000) % 10 > 0
-    noise = torch.randn(40_000, generator=generator)
-    assert memory_of(noise + 0.3 * way * ~learned, way, learned) == pytest.approx(0.3, abs=0.05)
-    assert memory_of(noise - way * ~learned, way, learned) == 0
-    assert memory_of(9.0 * ~learned[:70], way[:70], learned[:70]) == 0  # too few to tell
 
 
 def test_the_main_network_learns_no_label_that_is_held_out():
@@ -341,7 +331,7 @@ def test_the_history_of_suspicion_is_of_the_last_eight_cycles():
         expectation = Expectation(state, "mixture")
         sure = torch.tensor([-9.0, 9.0, -9.0 if cycle in (2, 9) else 9.0])  # is the main network of the label?
         state.eps.fill_(0.1)
-        expectation.add(torch.arange(3), torch.stack([sure, -sure, -sure, -sure], dim=1), logits, logits)
+        expectation.add(torch.arange(3), torch.stack([sure, -sure, -sure, -sure], dim=1), logits)
         expectation.finish(aligned=False, smoothing=1.0)
     assert state.suspicion.tolist() == [0b11111111, 0, 0b00000100]
 
