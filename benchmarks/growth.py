@@ -56,7 +56,7 @@ def measure(n: int, c: int, folder: Path) -> dict:
         expectation = Expectation(state, "mixture")
         for index in torch.arange(n).split(BATCH):
             teacher = state.teach(index, logits[: len(index)], logits[: len(index)], both=True)
-            expectation.add(index, logits[: len(index)].flip(0), teacher)
+            expectation.add(index, logits[: len(index)].flip(0), teacher, teacher)
         expectation.finish(aligned=True, smoothing=1.0)
     with step("noise"):
         state.find_noise("mixture")

@@ -23,6 +23,7 @@ from flywheel_fast.learner import Learner
 from flywheel_fast.losses import ntxent, told_loss
 
 BY_HEART = 2.0  # log-odds; with more of a leak (`em.leak_of`) labels are known by heart
+MEMORY = 0.2  # and where planted labels have drawn a network farther (`em.memorised`), they soon will be
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ class Cycle:
                 self.look(loader)
                 with self.clock("em"):
                     self.state.find_noise(self.config.posterior)
-            self.esteps(loader)
-            self.state.by_heart |= self.state.leak > BY_HEART
+            self.esteps(loader, warm=self.blind(epoch))
+            self.state.by_heart |= (self.state.leak > BY_HEART) | (self.state.memorised > MEMORY)
         self.batch = 0
 
     def blind(self, epoch: int) -> bool:
@@ -198,10 +199,10 @@ class Cycle:
             return self.config.target
         return "soft_q" if self.out_of_fold else "argmax_f" if self.state.by_heart else "told"
 
-    def esteps(self, loader) -> None:
+    def esteps(self, loader, warm: bool = False) -> None:
         """Steps 1 and 2: w_i by Bayes' rule from g, gamma and eps_i; q_i from w_i, the teacher and T_c; the refurbished
-        label of every sample, and the next eps_i, T_c and gamma."""
-        expectation = Expectation(self.state, self.config.posterior)
+        label of every sample, and the next eps_i, T_c and gamma. `warm`: right after the warm-up."""
+        expectation = Expectation(self.state, self.config.posterior, warm)
         self.look(loader, expectation.add)
         expectation.unite(self.group)
         expectation.finish(self.config.aligned, self.config.smoothing if self.config.noise_model == "em" else None)
@@ -211,15 +212,15 @@ class Cycle:
         if self.state.teacher is None:
             self._sweep(loader)
 
-    def look(self, loader, use: Callable[[Tensor, Tensor, Tensor], None] | None = None) -> None:
+    def look(self, loader, use: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None) -> None:
         """Both networks on the clean view of every sample: the teacher's logits are kept; `use` is given the samples
-        [B], and the logits [B, C] of the network by which w is found, and of the teacher."""
+        [B], and the logits [B, C] of the network by which w is found, of the other one, and of the teacher."""
         self.main.look()
         self.aux.look()
         self.state.speak(self.target() == "told")
         self._sweep(loader, use)
 
-    def _sweep(self, loader, use: Callable[[Tensor, Tensor, Tensor], None] | None = None) -> None:
+    def _sweep(self, loader, use: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None) -> None:
         own = torch.zeros_like(self.state.agree)  # [N]
         for index, (clean,) in self.clock.waiting(loader.sweep()):
             with self.clock("infer"):
@@ -227,12 +228,12 @@ class Cycle:
                 aux = self.aux.predict(clean, self.aux.looked, index)
             with self.clock("em"):
                 self.state.agree[index] = main.argmax(dim=1) == aux.argmax(dim=1)
-                judge = main if self.judge == "main" else aux
+                judge, other = (main, aux) if self.judge == "main" else (aux, main)
                 says = main if self.config.teacher == "main_alone" else aux
                 teacher = self.state.teach(index, main, says, self.config.teacher == "both")
                 own[index] = True
                 if use:
-                    use(index, judge, teacher)
+                    use(index, judge, other, teacher)
             self.on_batch(len(index), self.group.world == 1)
         self.group.union(own, [self.state.teacher, self.state.agree])
 
@@ -282,10 +283,11 @@ class Cycle:
         """A step of a network from its logits [V * B, C], V views of the samples `index` [B]; `more` [] loss."""
         config, state = self.config, self.state
         count: Tensor | int = len(index)  # that the loss is a mean of
-        if target == "labels" and state.learned is None:
-            loss = F.cross_entropy(logits, state.labels[index].repeat(len(logits) // len(index)))
-        elif target in ("labels", "told"):
-            told = state.told(index, kappa, everything=name != self.judge)
+        everything = name != self.judge  # of the labels that are held out, too
+        if target == "labels":
+            loss = F.cross_entropy(logits, state.warm_labels(index, everything).repeat(len(logits) // len(index)))
+        elif target == "told":
+            told = state.told(index, kappa, everything)
             loss, count = told_loss(logits, told, confidence, config.delta), told.sum()
         else:
             loss = state.loss(index, logits, target, config.posterior, confidence, config.delta)

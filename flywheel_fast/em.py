@@ -16,6 +16,7 @@ STRENGTHS = [2.0**k for k in range(-1, 13)]  # pseudo-counts that `shrunk` tries
 RATES = (1e-3, 1 - 1e-6)  # a gamma beyond them would never come back
 PIECE = 1 << 16  # samples at a time, where all are at hand
 HELD_OUT = 0.1  # of the labels: not learned by the main network, to tell what it knows of the others by heart
+PLANTED = 8  # wrong labels that it learns in their place; fewer do not tell of its memory
 UNMIXING = 5  # steps from the shares of the observed labels to those of the classes; more magnify what is noise
 MIN_CLASS_MASS = 1e-6  # of the mean prediction; keeps the alignment weight of a dying class finite
 
@@ -67,6 +68,33 @@ def leak_of(log_odds: Tensor, learned: Tensor) -> float:
     return low
 
 
+def memorised(drawn: Tensor, way: Tensor) -> float:
+    """How far planted labels have drawn the network that learned them, as a share of the way: of each, drawn [K] and
+    way [K] by `toward`. 0 to 1; 0 also where there are fewer than PLANTED."""
+    if len(drawn) < PLANTED or way.mean() <= 0:
+        return 0.0
+    return (drawn.mean() / way.mean()).clamp(0, 1).item()
+
+
+def toward(planted: Tensor, labels: Tensor, by: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """How far a network that learned a planted class has come [K], and the whole way [K]: in log-probability,
+    from where a network that learned the observed label has that class to the class that the first is surest of.
+
+    planted [K], labels [K], which differ; by, other [K, C]: logits of the first network and of the second. Both are
+    taken relative to what they say of the remaining classes, on average: one may be surer than the other.
+    """
+    rest = torch.ones_like(by, dtype=torch.float32)
+    rest.scatter_(1, torch.stack([planted, labels], dim=1), 0.0)
+
+    def apart(logits: Tensor) -> tuple[Tensor, Tensor]:
+        likely = logits.float().log_softmax(dim=1)
+        likely = likely - ((likely * rest).sum(dim=1) / rest.sum(dim=1).clamp_min(1))[:, None]
+        return likely.gather(1, planted[:, None])[:, 0], likely.max(dim=1).values
+
+    (here, top), (there, _) = apart(by), apart(other)
+    return here - there, top - there
+
+
 @dataclass(frozen=True)
 class Reviews:
     """What people decided, as the E-steps use it."""
@@ -96,10 +124,12 @@ class EMState:
     spoken: Tensor  # [C] float32         weights of the classes in what the networks said at the last look, or ones
     posterior_sum: Tensor  # [C, C] float64   sum of q(y) by observed label j: T_full before it is normalised
     leak: Tensor  # [] float64            log-odds that labels have of having been learned, where some are held out
-    by_heart: Tensor  # [] bool           the leak was great; it is not measured any more then
+    memorised: Tensor  # [] float64       how far planted labels drew the main network in the warm-up, there too
+    by_heart: Tensor  # [] bool           one of the two was great; the leak is not measured any more then
     # not kept in a checkpoint: these come with the data, and with the first look or from the rest
     reviews: Reviews | None = None
     learned: Tensor | None = None  # [N] bool  labels that the main network learns; None: all
+    planted: Tensor | None = None  # [N] int64  classes drawn by lot, which it learns of the others in the warm-up
     teacher: Tensor | None = None  # [N, C] logits that the posterior follows from, in the networks' own type
 
     @classmethod
@@ -123,13 +153,23 @@ class EMState:
             spoken=torch.ones(num_classes, device=device),
             posterior_sum=torch.zeros(num_classes, num_classes, dtype=torch.float64, device=device),
             leak=torch.zeros((), dtype=torch.float64, device=device),
+            memorised=torch.zeros((), dtype=torch.float64, device=device),
             by_heart=torch.zeros((), dtype=torch.bool, device=device),
         )
 
     def hold_out(self) -> None:
-        """Chooses labels that the network by which w is found does not learn: a pure function of their number."""
-        chance = np.random.default_rng(0).random(len(self.labels))
-        self.learned = torch.from_numpy(chance >= HELD_OUT).to(self.labels.device)
+        """Chooses labels that the network by which w is found does not learn, and classes that it learns in their place
+        in the warm-up: a pure function of their number."""
+        lot = np.random.default_rng(0)
+        learned = lot.random(len(self.labels)) >= HELD_OUT
+        planted = lot.integers(self.num_classes, size=len(self.labels))
+        self.learned, self.planted = (torch.from_numpy(of).to(self.labels.device) for of in (learned, planted))
+
+    def warm_labels(self, index: Tensor, everything: bool) -> Tensor:
+        """What the warm-up learns of the samples `index` [B]: their labels, or without `everything` planted ones for
+        those that are held out."""
+        labels = self.labels[index]
+        return labels if everything or self.learned is None else labels.where(self.learned[index], self.planted[index])
 
     @property
     def num_classes(self) -> int:
@@ -365,7 +405,7 @@ class EMState:
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
-        kept = [field.name for field in fields(self) if field.name not in ("reviews", "learned", "teacher")]
+        kept = [field.name for field in fields(self) if field.name not in ("reviews", "learned", "planted", "teacher")]
         return {name: getattr(self, name) for name in kept}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -379,12 +419,15 @@ class Expectation:
     The state stays as it is until `finish`: a look that is cut off can be begun again.
     """
 
-    def __init__(self, state: EMState, kind: str):
+    def __init__(self, state: EMState, kind: str, warm: bool = False):
+        """`warm`: the networks have learned what the warm-up learns, and nothing else."""
         self.state, self.kind = state, kind
         names = ("clean_prob", "resampled_label", "suggested_label", "suggested_prob", "eps")
         self.found = {name: getattr(state, name).clone() for name in names}  # each [N]
         self.leaking = state.learned is not None and not state.by_heart
         self.log_odds = torch.full_like(state.eps, torch.nan)  # [N] of the observed label, by the main network
+        self.planted = self.leaking and warm
+        self.drawn, self.way = (torch.full_like(state.eps, torch.nan) for _ in range(2))  # [N] of planted labels
         self.own = torch.zeros_like(state.agree)  # [N]: added here, not by another process
         self.sums = ops.AuxEStep.empty(0, state.num_classes, state.labels.device)
         # the op knows one gamma for all: the odds of each label's own go to its eps
@@ -393,9 +436,16 @@ class Expectation:
         self.align = state.align / state.spoken  # what is left to align of the resampled labels
         self.leak = torch.stack([torch.zeros_like(state.leak), state.leak]).exp().float()  # [2], of the look before
 
-    def add(self, index: Tensor, main: Tensor, teacher: Tensor) -> None:
-        """The samples `index` [B] with the logits [B, C] of the network by which w is found, and of the teacher."""
+    def add(self, index: Tensor, main: Tensor, other: Tensor, teacher: Tensor) -> None:
+        """The samples `index` [B] with the logits [B, C] of the network by which w is found, of the other one, and of
+        the teacher."""
         state, labels = self.state, self.state.labels[index]
+        if self.planted:
+            planted = state.warm_labels(index, everything=False)
+            wrong = planted != labels
+            self.drawn[index[wrong]], self.way[index[wrong]] = toward(
+                planted[wrong], labels[wrong], main[wrong], other[wrong]
+            )
         eps = state.eps[index] * self.odds[labels]
         if self.leaking:  # labels that were learned are that much likelier by the main network
             eps = eps * self.leak[state.learned[index].long()]
@@ -412,7 +462,8 @@ class Expectation:
 
     def unite(self, group: Group) -> None:
         """With what the other processes have added."""
-        group.union(self.own, [*self.found.values(), *([self.log_odds] if self.leaking else [])])
+        measured = [self.log_odds] * self.leaking + [self.drawn, self.way] * self.planted
+        group.union(self.own, [*self.found.values(), *measured])
         group.sum(self.sums[4:])
 
     def finish(self, aligned: bool, smoothing: float | None) -> None:
@@ -438,6 +489,9 @@ class Expectation:
         if self.leaking:
             known = self.log_odds.isfinite()  # all but those that were dropped
             state.leak.fill_(leak_of(self.log_odds[known], state.learned[known]))
+        if self.planted:
+            known = self.way.isfinite()
+            state.memorised.fill_(memorised(self.drawn[known], self.way[known]))
         state.posterior_sum = self.sums.posterior_sum
         suspected = (state.clean_prob < 0.5) & (state.suggested_label != state.labels)
         state.suspicion = (state.suspicion << 1) | suspected

@@ -27,6 +27,7 @@ MEASURES = (
         "imagenet_acc_aux",
         "reviewed",
         "leak",
+        "memorised",
     ),
     *(f"{test}_top5_{name}" for test in ("test", "imagenet") for name in ("main", "aux")),
 )
@@ -86,7 +87,7 @@ class Measures:
                 gamma = self.given_clean_prob().mean(dtype=torch.float64).item()  # of all, decided ones too
                 row |= {"gamma": gamma, "classes_alive": alive, "agreement": cycle.state.agreement}
                 if cycle.state.learned is not None:
-                    row["leak"] = cycle.state.leak.item()
+                    row |= {name: getattr(cycle.state, name).item() for name in ("leak", "memorised")}
                 if true is not None and np.isfinite(gamma):
                     row |= self._quality(true)
         return row

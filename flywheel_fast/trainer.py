@@ -29,7 +29,7 @@ from flywheel_fast.screen import Screen
 
 NOTABLE_WAITING = 0.05  # share of a run's time
 MOST_MERGERS = 3  # said of an epoch
-FORMAT = 5  # of checkpoints: what `_save` puts into them
+FORMAT = 6  # of checkpoints: what `_save` puts into them
 PATIENCE = 20  # steps one after another that may be skipped
 # Between a run and its resumption; moved data are recognised by their files and labels.
 MAY_CHANGE = {"name", "log", "eval_every", "optim.epochs", "optim.compile"}

@@ -41,7 +41,7 @@ def stepped(reviewed, kind="mixture", smoothing=0.0):
     logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)) * 3
     teacher = state.teach(index, logits[index], logits[index], both=True)
     expectation = Expectation(state, kind)
-    expectation.add(index, logits[index], teacher)
+    expectation.add(index, logits[index], teacher, teacher)
     expectation.finish(aligned=True, smoothing=smoothing)
     return state, logits
 
