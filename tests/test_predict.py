@@ -45,16 +45,13 @@ def test_evaluation_says_what_the_run_said(run, digits, capsys):
 
 
 def test_a_csv_is_evaluated_by_the_names_of_its_classes(run, digits, tmp_path):
-    names = sorted(path.relative_to(digits) for path in (digits / "test").rglob("*.png"))[:300]  # not every class
+    names = sorted(path.relative_to(digits) for path in (digits / "test").rglob("*.png") if path.parent.name < "6")
     table = tmp_path / "data" / "labels.csv"
     shutil.copytree(digits / "test", tmp_path / "data" / "test")
     table.write_text("file_name,label\n" + "".join(f"{name},{name.parts[1]}\n" for name in names))
-    found, whole = (
-        predict.evaluate(run, table),
-        dict(map(lambda row: (row[0], row[2]), predict.evaluate(run, digits).by_class)),
-    )
-    assert (found.split, found.count) == ("all images", 300)
-    assert found.by_class[0][2] == whole[found.by_class[0][0]]
+    found, whole = predict.evaluate(run, table), predict.evaluate(run, digits)
+    assert (found.split, found.count) == ("all images", len(names))
+    assert found.by_class == [row for row in whole.by_class if row[0] < "6"]
 
 
 def test_predictions_add_up_and_are_those_that_were_evaluated(run, digits, tmp_path):
