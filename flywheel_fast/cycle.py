@@ -170,7 +170,7 @@ class Cycle:
                 self._learn("main", index, self.main.forward(weak, index), "labels")
 
     def warm_up(self, loader, epoch: int) -> None:
-        """Both networks learn the observed labels."""
+        """Both networks learn the observed labels; the judge, planted ones for those that are held out from it."""
         for index, (weak, strong) in self._training(loader, epoch, ("weak", "strong")):
             with self.clock("train"):
                 self._learn("main", index, self.main.forward(weak, index), "labels")

@@ -225,7 +225,7 @@ def test_targets_of_the_main_network():
     state.resampled_label = labels.flip(0)
     state.teach(index, logits, logits, both=True)
     wanted = {
-        "argmax_f": torch.nn.functional.one_hot(labels.flip(0), 4).double(),
+        "argmax_f": F.one_hot(labels.flip(0), 4).double(),
         "soft_q": reference.posterior(logits.double(), labels, state.clean_prob, state.corruption, "mixture"),
     }
     student = logits.flip(0)
@@ -241,10 +241,10 @@ def test_what_labels_tell():
     state = EMState.start(labels, 4, 0.5)
     state.clean_prob = w
     state.teach(index, logits, logits, both=True)
-    label = torch.nn.functional.one_hot(labels, 4) * w[:, None]
+    label = F.one_hot(labels, 4) * w[:, None]
     torch.testing.assert_close(state.told(index, state.kappa(), everything=True), label)
     state.set_noise(0.6 * torch.eye(4).double() + 0.4 * torch.eye(4).double().roll(1, 1))
-    before = torch.nn.functional.one_hot((labels - 1) % 4, 4) * (1 - w)[:, None]
+    before = F.one_hot((labels - 1) % 4, 4) * (1 - w)[:, None]
     torch.testing.assert_close(state.told(index, state.kappa(), everything=True), label + before, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(state.told(index, None, everything=True), label)
     state.learned = index < 20
@@ -276,8 +276,8 @@ def test_what_planted_labels_draw():
     other = torch.randn(500, 10, generator=generator)
     other[torch.arange(500), labels] += 9.0
     for share in (0.0, 0.3, 0.6):
-        lift = torch.nn.functional.one_hot(planted, 10) * (share * other.max(dim=1).values.mean())
-        drawn, way = toward(planted, labels, other + lift, other - 3 * torch.nn.functional.one_hot(labels, 10))
+        lift = F.one_hot(planted, 10) * (share * other.max(dim=1).values.mean())
+        drawn, way = toward(planted, labels, other + lift, other - 3 * F.one_hot(labels, 10))
         assert memorised(drawn, way) == pytest.approx(share, abs=0.06)
     assert memorised(-drawn, way) == memorised(drawn[:7], way[:7]) == 0
     drawn, way = toward(planted[:9] * 0, planted[:9] * 0 + 1, other[:9, :2], other[:9, :2])  # no other class
