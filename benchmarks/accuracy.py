@@ -137,7 +137,7 @@ def passes(cycle: CycleConfig, epochs: int) -> int:
     if cycle.kind == "cross_entropy":
         return 3 * epochs
     cycles, looks = epochs - cycle.warmup, 1 + (cycle.noise_model == "anchors")  # at the end of the warm-up
-    return 9 * epochs + 2 * (cycles + looks) + 3 * (cycle.contrastive > 0) * cycles
+    return 12 * epochs + 2 * (cycles + looks) + 3 * (cycle.contrastive > 0) * cycles
 
 
 # -- the queue ---------------------------------------------------------------------------------------------------------

@@ -64,6 +64,11 @@ class CycleConfig:
     temperature: float = 0.5
     """Temperature of the NT-Xent term."""
 
+    @property
+    def steps(self) -> int:
+        """Steps of each network on a batch: one a view, of which cross-entropy learns the weak one alone."""
+        return 1 if self.kind == "cross_entropy" else 2
+
     def __post_init__(self):
         if not 0 < self.gamma < 1:
             raise ValueError(f"cycle.gamma must be in (0, 1), not {self.gamma}")
@@ -171,27 +176,29 @@ class Cycle:
 
     def warm_up(self, loader, epoch: int) -> None:
         """Both networks learn the observed labels; the judge, planted ones for those that are held out from it."""
-        for index, (weak, strong) in self._training(loader, epoch, ("weak", "strong")):
+        for index, augmented in self._training(loader, epoch, ("weak", "strong")):
             with self.clock("train"):
-                self._learn("main", index, self.main.forward(weak, index), "labels")
-                self._learn("aux", index, self.aux.forward(torch.cat([weak, strong]), index), "labels")
+                for view in augmented:
+                    for name, learner in self.learners().items():
+                        self._learn(name, index, learner.forward(view, index), "labels")
 
     def msteps(self, loader, epoch: int, target: str) -> None:
-        """Steps 3 and 4: f learns from a weak and a strong view, g from the weak one under its regulariser."""
+        """Steps 3 and 4: f learns, and g under its regulariser; each takes a step on the weak view and one on the
+        strong view, f on both strong ones at once where there are two."""
         config, contrastive = self.config, self.config.contrastive > 0
         kappa = self.state.kappa() if target == "told" else None  # the same in all steps of a cycle
+        softly = "soft_q" if target == "argmax_f" else target
         views = ("weak", "strong") + ("strong2",) * contrastive
-        for index, augmented in self._training(loader, epoch, views):
+        for index, (weak, strong, *strong2) in self._training(loader, epoch, views):
             with self.clock("train"):
-                output = self.aux.forward(torch.cat(augmented), index, project=contrastive)
-                logits, embeddings = output if contrastive else (output, None)
-                alike = 0.0
+                self._learn("aux", index, self.aux.forward(weak, index), softly, kappa)
+                self._learn("main", index, self.main.forward(weak, index), target, kappa, config.confidence)
+                output, alike = self.aux.forward(torch.cat([strong, *strong2]), index, project=contrastive), 0.0
                 if contrastive:
-                    _, first, second = embeddings.chunk(3)
-                    alike = config.contrastive * ntxent(first, second, config.temperature)
-                self._learn("aux", index, logits, "soft_q" if target == "argmax_f" else target, kappa, more=alike)
-                logits = self.main.forward(augmented[0], index)
-                self._learn("main", index, logits, target, kappa, config.confidence)
+                    output, embeddings = output
+                    alike = config.contrastive * ntxent(*embeddings.chunk(2), config.temperature)
+                self._learn("aux", index, output, softly, kappa, more=alike)
+                self._learn("main", index, self.main.forward(strong, index), target, kappa, config.confidence)
 
     def target(self) -> str:
         """What the main network learns in this cycle; the auxiliary one learns the posterior where it is argmax_f."""

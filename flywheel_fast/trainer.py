@@ -180,13 +180,14 @@ class Trainer:
 
     def _assemble(self) -> Cycle:
         config, num_classes = self.config, len(self.train_set.classes)
+        steps = len(self.loader) * config.cycle.steps
 
         def learner(network: models.NetworkConfig, seed: int, projection: int = 0) -> Learner:
             if self.features:
                 built = heads.build(network, num_classes, seed, self.loader, config.model.folds, config.seed)
             else:
                 built = models.build(network, num_classes, config.views.image_size, seed, projection)
-            return Learner(built, config.optim, len(self.loader), self.device, self.group)
+            return Learner(built, config.optim, steps, self.device, self.group)
 
         main, aux = learner(config.model.main, 2 * config.seed), None
         if config.cycle.kind == "flywheel":

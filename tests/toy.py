@@ -77,12 +77,12 @@ class MLP(nn.Sequential):
 def run(toy: Toy, epochs: int = 36, ema: float = 0.0, prepare=None, **cycle) -> tuple[float, float, Cycle]:
     """Test accuracy of the inference network, gamma, and the cycle; `prepare` is given the state before it starts."""
     optim = OptimConfig(epochs=epochs, batch_size=100, lr=0.05, ema_decay=ema, precision="fp32")
-    steps = -(-len(toy.labels) // 100)
     device = toy.x.device
     state = EMState.start(torch.from_numpy(toy.labels).to(device), C, 0.5)
     if prepare:
         prepare(state)
     config = CycleConfig(**cycle)
+    steps = -(-len(toy.labels) // 100) * config.steps
     aux = None if config.kind == "cross_entropy" else Learner(MLP(2), optim, steps, device)
     flywheel = Cycle(config, Learner(MLP(1), optim, steps, device), aux, state)
     for epoch in range(epochs):
