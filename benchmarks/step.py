@@ -6,8 +6,8 @@ Candidates take turns in one process, a whole epoch each, so that a busy machine
 
 - trainer: `Cycle.run` as `flywheel-fast train` assembles it, an epoch of the cycle with its look and E-steps, on drawn
   pictures that are decoded already; compiled: the same with optim.compile=true;
-- bare: its passes alone, on one batch of random numbers: forward, backward and optimiser of both networks (two views
-  for the auxiliary one), and a forward pass of both for each image;
+- bare: its passes alone, on one batch of random numbers: forward, backward and optimiser of both networks on each of
+  two views, and a forward pass of both for each image;
 - SSR, DivideMix: their passes alone, likewise, with what they do between them left out. SSR (Feng et al. 2022, arXiv
   2111.11288): three views forward and backward (mixup, and the two of the consistency term), and two forward passes of
   each image for its neighbours and its class. DivideMix (Li et al. 2020, arXiv 2002.07394), half of the samples
@@ -106,8 +106,8 @@ def loops(network: str, precision: str, device: torch.device, count: int) -> dic
     steps, sweeps = -(-count // BATCH), -(-count // (4 * BATCH))  # a look takes larger batches
 
     def bare() -> None:
-        for _ in range(steps):
-            two.learn(images[2], labels[2])
+        for _ in range(2 * steps):
+            two.learn(images[1], labels[1])
             one.learn(images[1], labels[1])
         for _ in range(sweeps):
             one.look(images[4])

@@ -26,7 +26,7 @@ def noisy(request):
 
 
 def test_flywheel_beats_cross_entropy_and_recovers_gamma_and_corruption(noisy):
-    plain, _, _ = toy.run(noisy, kind="cross_entropy")
+    plain, _, _ = toy.run(noisy, epochs=72, kind="cross_entropy")  # as many steps
     accuracy, gamma, cycle = toy.run(noisy, **toy.LITERAL)
     assert accuracy > plain + 0.08
     assert accuracy > 0.88
@@ -76,7 +76,7 @@ def test_lemma_1_the_regulariser_finds_the_clean_distribution(weight, low, high)
 def test_without_refurbishing_and_regulariser_gamma_runs_to_one():
     """Main EM alone: g learns the observed labels, every label looks clean: the collapse that the method prevents."""
     noisy = toy.make("symmetric", 0.5)
-    _, _, cycle = toy.run(noisy, epochs=60, kind="cross_entropy")
+    _, _, cycle = toy.run(noisy, epochs=120, kind="cross_entropy")
     logits, labels, gamma = cycle.main.predict(noisy.x), torch.from_numpy(noisy.labels), torch.tensor(0.5).double()
     for _ in range(50):
         clean_prob, _ = ops.main_estep(logits, labels, gamma, torch.full((len(labels),), 1 / toy.C))

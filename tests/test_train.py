@@ -42,6 +42,7 @@ def test_digits_are_learnt_and_the_wrong_labels_found(tmp_path):
     assert last["selection_auroc"] >= 0.99 and last["classes_alive"] == 10
     assert abs(last["gamma"] - last["true_clean"]) <= 0.03
     assert last["refurbish_acc"] > 0.97 and last["posterior_acc"] > 0.97
+    assert last["lr"] < 1e-6  # the schedule ends with the run
     assert "test accuracy, last epoch" in said and "issues.csv" in said and "COLLAPSED" not in said
 
     docs = (ROOT / "docs/run_folder.md").read_text()

@@ -10,7 +10,7 @@ from flywheel_fast.cycle import Cycle, CycleConfig
 from flywheel_fast.em import EMState
 from flywheel_fast.learner import Learner, OptimConfig
 
-C, D, N = 10, 20, 3000
+C, D, N, BATCH = 10, 20, 3000, 200
 
 
 @dataclass
@@ -22,11 +22,11 @@ class Toy:
     test_true: np.ndarray
 
     def __len__(self):
-        return -(-len(self.labels) // 100)
+        return -(-len(self.labels) // BATCH)
 
     def epoch(self, number, views, start=0):
         order = torch.from_numpy(np.random.default_rng((7, number)).permutation(len(self.labels)))
-        for index in order.to(self.x.device).split(100)[start:]:
+        for index in order.to(self.x.device).split(BATCH)[start:]:
             yield index, (self.x[index],) * len(views)
 
     def sweep(self):
@@ -76,13 +76,13 @@ class MLP(nn.Sequential):
 
 def run(toy: Toy, epochs: int = 36, ema: float = 0.0, prepare=None, **cycle) -> tuple[float, float, Cycle]:
     """Test accuracy of the inference network, gamma, and the cycle; `prepare` is given the state before it starts."""
-    optim = OptimConfig(epochs=epochs, batch_size=100, lr=0.05, ema_decay=ema, precision="fp32")
+    optim = OptimConfig(epochs=epochs, batch_size=BATCH, lr=0.05, ema_decay=ema, precision="fp32")
     device = toy.x.device
     state = EMState.start(torch.from_numpy(toy.labels).to(device), C, 0.5)
     if prepare:
         prepare(state)
     config = CycleConfig(**cycle)
-    steps = -(-len(toy.labels) // 100) * config.steps
+    steps = -(-len(toy.labels) // BATCH) * config.steps
     aux = None if config.kind == "cross_entropy" else Learner(MLP(2), optim, steps, device)
     flywheel = Cycle(config, Learner(MLP(1), optim, steps, device), aux, state)
     for epoch in range(epochs):
