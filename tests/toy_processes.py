@@ -50,7 +50,8 @@ def train(group: Group) -> None:
     optim = OptimConfig(epochs=4, batch_size=BATCH, ema_decay=0.9, precision="fp32")
 
     def learner(seed: int) -> Learner:
-        return Learner(MLP(seed).double(), optim, -(-n // BATCH), torch.device("cpu"), group)
+        steps = -(-n // BATCH) * CycleConfig().steps
+        return Learner(MLP(seed).double(), optim, steps, torch.device("cpu"), group)
 
     state = EMState.start(torch.from_numpy(data.labels), toy.C, 0.5)
     for kind in ("anchors", "em"):
