@@ -280,14 +280,16 @@ class EMState:
             self.eps[index] = ops.aux_estep(logits, labels, clean_prob, self.corruption, self.align, kind).eps
 
     def transition(self) -> Tensor:
-        """P(observed j | true y) [C, C] float64: the shares of the observed labels among the samples of which the
-        teacher is surest that they are of class y, three tenths as many as are observed so.
+        """P(observed j | true y) [C, C] float64: the shares of the observed labels among the surest of the samples that
+        the teacher calls y, three tenths as many as are observed so (where it calls fewer so, others are added).
 
         Where a network is surest, its class is as good as the truth (the anchors of Patrini et al. 2017, "Making Deep
         Neural Networks Robust to Label Noise: a Loss Correction Approach"); that labels are counted there, as in the
         confident joint of Northcutt et al. 2021, "Confident Learning", spares the question how sure a network ought
-        to be. Of small classes they are few: the share of right labels is drawn towards that of all classes, the wrong
-        ones towards an even spread, as far as classes are alike (`shrunk`). What people have decided is left out.
+        to be. Samples that it calls otherwise may have more of y than y's own do: easy ones of a class that is often
+        labelled y. Of small classes the surest are few: the share of right labels is drawn towards that of all classes,
+        the wrong ones towards an even spread, as far as classes are alike (`shrunk`). What people have decided is left
+        out.
         """
         c, device = self.num_classes, self.labels.device
         free = self.reviews.free.nonzero()[:, 0] if self.reviews else torch.arange(len(self.labels), device=device)
@@ -296,7 +298,9 @@ class EMState:
         labels = torch.zeros(c, 0, dtype=torch.int64, device=device)
         most = int(counts.max())
         for index in free.split(max(PIECE, most)):  # in shorter pieces the many that are kept would be sorted too often
-            surest = torch.cat([surest, self.teacher[index].float().softmax(dim=1).t()], dim=1)
+            said = self.teacher[index].float().softmax(dim=1)
+            said = said.where(said == said.max(dim=1, keepdim=True).values, said / c)  # called otherwise: come last
+            surest = torch.cat([surest, said.t()], dim=1)
             surest, best = surest.topk(min(most, surest.shape[1]), dim=1)
             labels = torch.cat([labels, self.labels[index].expand(c, -1)], dim=1).gather(1, best)
         counted = torch.arange(labels.shape[1], device=device) < counts[:, None]

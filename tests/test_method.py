@@ -181,6 +181,18 @@ def test_the_surest_samples_tell_class_dependent_noise(piece, monkeypatch):
     assert (state.transition() - transition).abs().sum(1).max() < 0.15
 
 
+def test_noise_of_a_class_is_read_from_samples_that_are_called_so():
+    """Class 1's pictures are hard, class 0's easy and two in five of them labelled 1: the network has 1 at .4 for
+    these, at .35 for its own. The labels of class 1's own tell its noise."""
+    easy, hard = [0.6, 0.4, 0.0], [0.3, 0.35, 0.35]
+    labels = torch.tensor([0] * 60 + [1] * 40 + [1] * 60 + [2] * 40)
+    state = EMState.start(labels, 3, 0.7)
+    state.teacher = torch.tensor([easy] * 100 + [hard] * 100).add(1e-6).log()
+    state.teacher = state.teacher + 1e-3 * torch.randn(state.teacher.shape, generator=torch.Generator().manual_seed(0))
+    found = state.transition()
+    assert found[1].argmax() == 1 and found[1, 2] > 0.3 and found[1, 0] < 0.05
+
+
 def test_small_classes_are_drawn_towards_what_all_have_in_common():
     """Few counts a row: where rows are alike the shares come out nearer to the truth, where they differ no further."""
     rng = np.random.default_rng(0)
