@@ -28,7 +28,7 @@ def test_a_training_takes_as_many_steps_as_it_has_balanced_batches(miniatures, t
     words += ["views.image_size=32", "optim.epochs=3", "optim.batch_size=10", "--out", str(tmp_path / "run")]
     assert cli.main(["train", *words, "optim.balanced_batches=5"]) == 0
     saved = torch.load(tmp_path / "run/weights/last.pt", weights_only=True)["cycle"]
-    assert saved["main"]["steps"] == saved["aux"]["steps"] == 3 * 5
+    assert saved["main"]["steps"] == saved["aux"]["steps"] == 2 * 3 * 5  # two steps a batch
     with open(tmp_path / "run/metrics.csv", newline="") as file:
         rates = [float(row["lr"]) for row in csv.DictReader(file)]
     assert rates[0] > rates[1] > rates[2] and rates[2] < 0.002 * 0.05  # the cosine ends with the last batch

@@ -59,7 +59,7 @@ def poisoned(monkeypatch, steps) -> None:
 
 
 def test_a_bad_step_is_left_out_and_told_and_the_clock_may_jump(tmp_path, monkeypatch):
-    poisoned(monkeypatch, {2, 3, 9})
+    poisoned(monkeypatch, {2, 3, 17})
     days = iter(range(10**6, 0, -1))
     monkeypatch.setattr(time, "time", lambda: 86400.0 * next(days))  # backwards, a day at each look
     train(tmp_path / "run")
@@ -71,7 +71,7 @@ def test_a_bad_step_is_left_out_and_told_and_the_clock_may_jump(tmp_path, monkey
 
 def test_too_many_bad_steps_end_the_run_with_the_last_good_state(tmp_path, monkeypatch):
     poisoned(monkeypatch, range(6, 10**6))
-    words = ["data.train_size=700", "optim.batch_size=16"]  # 44 steps an epoch
+    words = ["data.train_size=700", "optim.batch_size=16"]  # 44 batches an epoch
     with pytest.raises(Failure, match=r"main network.* not finite in 20 steps .*optim\.lr"):
         train(tmp_path / "run", *words)
     saved = checkpoint.load(tmp_path / "run/weights/last.pt")

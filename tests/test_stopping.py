@@ -75,12 +75,12 @@ def test_a_checkpoint_is_written_when_due(tmp_path):
                 raise KeyboardInterrupt  # nothing is saved on the way out
             return False
 
-    dying = Dies(batches=4, every="3")
+    dying = Dies(batches=4, every="4")  # two steps a batch
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run", pauses=dying)
-    assert dying.at == [0, 3]
+    assert dying.at == [0, 4]
     train(tmp_path / "run", pauses=Pauses())
-    assert "going on after epoch 0 of 4 and 3 of 4 batches" in (tmp_path / "run/train.log").read_text()
+    assert "going on after epoch 0 of 4 and 2 of 4 batches" in (tmp_path / "run/train.log").read_text()
 
 
 def test_a_second_signal_ends_the_process_at_once_but_not_a_double_one():
