@@ -43,7 +43,7 @@ def _pace(count: int) -> list[str]:
     """Of `count` pictures: what `embeddings` says for some hundreds; of many, larger batches and fewer epochs."""
     if count < MANY:
         return []
-    return [*large_batches(count), "cycle.warmup=5", "optim.epochs=15"]
+    return [*large_batches(count), "cycle.warmup=2", "optim.epochs=8"]
 
 
 def large_batches(count: int) -> list[str]:
