@@ -49,8 +49,8 @@ class CycleConfig:
     """gamma and T_c: em, one gamma, both from the posterior of all samples (the paper's); anchors, a gamma for each
     class, both from the labels of the samples of which the teacher is surest. Estimated anew in every cycle."""
     aligned: bool = True
-    """Keep the classes at their shares (`EMState.realign`): in the resampled labels and, under told, in all that the
-    networks say in the E-steps."""
+    """Keep the classes at their shares (`EMState.realign`): in the resampled labels and, but under argmax_f, in all that
+    the networks say in the E-steps."""
     gamma: float = 0.5
     """Share of clean labels that the first cycle assumes."""
     confidence: float = 0.1
@@ -224,7 +224,7 @@ class Cycle:
         [B], and the logits [B, C] of the network by which w is found, of the other one, and of the teacher."""
         self.main.look()
         self.aux.look()
-        self.state.speak(self.target() == "told")
+        self.state.speak(self.target() != "argmax_f")
         self._sweep(loader, use)
 
     def _sweep(self, loader, use: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None) -> None:
