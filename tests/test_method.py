@@ -151,6 +151,13 @@ def test_classes_are_aligned_to_their_shares_as_labels_tell_them():
     assert state.spoken[2] < 0.5 * state.spoken[4]
 
 
+@pytest.mark.parametrize("target, aligned", [("told", True), ("soft_q", True), ("argmax_f", False)])
+def test_all_that_networks_say_is_aligned_where_they_learn_labels(target, aligned):
+    _, _, cycle = toy.run(toy.make("asym", 0.4), epochs=3, warmup=1, target=target)
+    assert not torch.equal(cycle.state.align, torch.ones(toy.C))
+    assert torch.equal(cycle.state.spoken, torch.ones(toy.C)) != aligned
+
+
 def noisy_posteriors(n=20_000, c=4, seed=0):
     """Class-dependent noise, and logits that say exactly what is observed: half the samples surely of one class."""
     rng = np.random.default_rng(seed)
