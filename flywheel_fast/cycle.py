@@ -49,8 +49,8 @@ class CycleConfig:
     """gamma and T_c: em, one gamma, both from the posterior of all samples (the paper's); anchors, a gamma for each
     class, both from the labels of the samples of which the teacher is surest. Estimated anew in every cycle."""
     aligned: bool = True
-    """Keep the classes at their shares (`EMState.realign`): in the resampled labels and, but under argmax_f, in all that
-    the networks say in the E-steps."""
+    """Keep the classes at their shares (`EMState.realign`): in the resampled labels and, except under argmax_f, in all
+    that the networks say in the E-steps."""
     gamma: float = 0.5
     """Share of clean labels that the first cycle assumes."""
     confidence: float = 0.1
