@@ -3,7 +3,7 @@
     python -m benchmarks.scaling [--counts 10000 100000 1000000] [--rival 100000] [--out benchmarks/results]
 
 Made-up features of 512 dimensions around 14 class centres, two views each, a quarter of the labels wrong; five folds
-and ten cycles, the first after a warm-up of two epochs. Each N has a process of its own. cleanlab's route, up to
+and ten cycles, the first after a warm-up of five epochs. Each N has a process of its own. cleanlab's route, up to
 --rival samples: scikit-learn's logistic regression, as it is, in five folds on the same features, then
 find_label_issues.
 """
@@ -31,7 +31,7 @@ from flywheel_fast.folder_audit import large_batches
 from flywheel_fast.measures import PHASES
 from flywheel_fast.trainer import Config, Trainer
 
-WIDTH, CLASSES, VIEWS, FOLDS, WARMUP, CYCLES = 512, 14, 2, 5, 2, 10
+WIDTH, CLASSES, VIEWS, FOLDS, WARMUP, CYCLES = 512, 14, 2, 5, 5, 10
 WRONG = 0.25  # share of the labels
 COUNTS, RIVAL = (10_000, 100_000, 1_000_000), 100_000
 FIELDS = (
